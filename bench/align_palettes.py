@@ -4,7 +4,7 @@ results/align_palettes.json and its figure.
 SmolLM2-135M, three values, 200 prompts of which half are held out, another half for every palette. Palettes are drawn
 inside of what reweighting reaches, with ten effective candidates per prompt or more. All of them are decoded; the first
 few are trained as well, by each method on the same budget: distill, grpo with λ steered, grpo with the λ of the
-candidates, and TRL's way, equal weights. Candidates are drawn once. Resumable: what is finished is read.
+candidates, and TRL's way, equal weights. Candidates are drawn and scored once. Resumable: what is finished is read.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def equal_weights(job: Job, out: Path, left: Budget) -> float:
     """GRPO as TRL's defaults have it, on the plain sum of the values."""
     result = train_grpo(
         job.model.name, job.train, NAMES, [1.0] * len(NAMES), out, batch_size=64, max_steps=10_000,
-        learning_rate=job.settings["learning_rate"] or 1e-5, max_new_tokens=TOKENS, dtype="float32", seed=job.seed,
-        until=left.spent, show_progress=True,
+        learning_rate=job.settings["learning_rate"] or 1e-3, lora_r=methods.RANK, max_new_tokens=TOKENS,
+        dtype="float32", seed=job.seed, until=left.spent, show_progress=True,
     )  # fmt: skip
     return result["tokens"]
 
@@ -94,7 +94,7 @@ def palette(pool: Candidates, i: int) -> str:
 
 
 def run(pool: Candidates, words: str, out: Path, seed: int, **options: Any) -> dict[str, Any]:
-    """One job, with the pool's candidates in place."""
+    """One job, with the pool's scored candidates in place."""
     begun = (out / "job.json").exists()
     if not begun:
         for part, indices in zip(("train", "heldout"), split(pool.prompts, 0.5, seed), strict=True):
@@ -104,6 +104,8 @@ def run(pool: Candidates, words: str, out: Path, seed: int, **options: Any) -> d
                 settings={"sampling": {"n": pool.n}},
             )
             one.to_parquet(out / part / "candidates.parquet")
+            rewards = pool.reward_array(NAMES)[indices].reshape(-1, len(NAMES))
+            one.with_rewards(NAMES, rewards).to_parquet(out / part / "scored.parquet")
     return align(
         MODEL, pool.prompts, NAMES, words, out, candidates=CANDIDATES, max_new_tokens=TOKENS, dtype="float32",
         seed=seed, overwrite=not begun, show_progress=True, texts_per_prompt=4, **options,

@@ -230,7 +230,8 @@ class AlignSettings(Settings):
         folder for the model, what is left of the budget) that trains a model and returns how many tokens it took.
     watch: rewards that the proof measures too, and nothing is optimised for: one that falls while those asked for rise
         says that these are over-optimised (arXiv 2210.10760).
-    candidates: per prompt. budget: fewer candidates, and a shorter training, where it binds. lora_r: None: all weights.
+    candidates: per prompt. budget: fewer candidates, and a shorter training, where it binds.
+    lora_r: 0: all weights; None: 16 for grpo, else 0.
     rounds: levels and KL are always measured against the base. allow_infeasible: go on to a palette just inside the
         nearest one that can be reached. resume, overwrite: see `align.folder.Folder`.
     """
@@ -245,7 +246,9 @@ class AlignSettings(Settings):
     texts_per_prompt: Annotated[int | None, "Texts of the result per prompt; default 1, of a trained model 4."] = None
     budget: Annotated[str | None, "Time or tokens for all of it: 20m, 90s, 1h or 200000t."] = None
     learning_rate: Annotated[float | None, "Of the training; default: its method's own."] = None
-    lora_r: Annotated[int | None, "Train LoRA adapters of this rank, merged at the end."] = None
+    lora_r: Annotated[
+        int | None, "Train LoRA adapters of this rank, merged at the end; 0: all weights. Default: 16 for grpo, else 0."
+    ] = None
     rounds: Annotated[int, "Train so many times, each from the model and the candidates of the round before."] = 1
     dtype: str = "auto"
     device: str = "auto"

@@ -150,7 +150,8 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
             disable_dropout(model)
         if args.sync_ref_model and hasattr(model, "peft_config"):
             raise UserError("sync_ref_model must be False for a model with adapters: its reference is the model itself")
-        reference = self._reference_of(model)  # the policy at this moment
+        own = self.beta != 0 and not hasattr(model, "peft_config")  # else none, or the policy less its adapters
+        reference = copy.deepcopy(model) if own else None
         with one_truth():
             self._packs = self._prepare(model, getattr(args, "share_prompt", True))
             if rollout_func is None and inner.device.type == args.device.type:
@@ -193,10 +194,6 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         self._generation: Batch | None = None
         self._finished: Finished = Finished()
         self._seconds = 0.0  # of the present step
-
-    def _reference_of(self, model: Any) -> Any:
-        """A model of its own for the reference; None where there is none, or the policy without its adapters."""
-        return None if self.beta == 0 or hasattr(model, "peft_config") else copy.deepcopy(model)
 
     def _prepare_reference(self, reference: Any) -> Any:
         reference.requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastalign._base.errors import UserError
 from fastalign._base.files import read_json, write_json
 from fastalign.train.grpo import GRPOTrainer
-from fastalign.train.steering import STATE, Baselines, Steering, key_of, slope_of, within
+from fastalign.train.steering import STATE, Baselines, Steering, key_of, within
 
 
 class SteeredGRPOTrainer(GRPOTrainer):
@@ -20,32 +20,25 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     Its config must have kl_in_reward, beta 1 and advantage "rloo": then the optimum at each λ is p_λ. Training ends
     when every level holds. The λ and the levels of each step are logged as lam/NAME and level/NAME.
-
-    reference: the base model, where the policy does not begin there.
     """
 
-    def __init__(self, *args: Any, steering: Steering, baselines: Baselines, reference: Any = None, **kwargs: Any):
-        self._given_reference = reference
+    def __init__(self, *args: Any, steering: Steering, baselines: Baselines, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not (self.args.kl_in_reward and self.args.beta == 1 and self.how == "rloo"):
             raise UserError("a steered GRPOTrainer needs kl_in_reward=True, beta=1.0 and advantage='rloo'")
         self.steering, self.baselines = steering, baselines
         self.reward_weights.copy_(torch.from_numpy(steering.lam))
 
-    def _reference_of(self, model: Any) -> Any:
-        return super()._reference_of(model) if self._given_reference is None else self._given_reference
-
     def _advantages(self, prompts: list[Any], rewards: Tensor, log_ratios: Tensor | None) -> Tensor:
         advantages = super()._advantages(prompts, rewards, log_ratios)
         if self._mode == "train":
-            assert log_ratios is not None  # with kl_in_reward
-            self._steer(prompts, rewards.numpy(), log_ratios.numpy())
+            self._steer(prompts, rewards.numpy())
         return advantages
 
-    def _steer(self, prompts: list[Any], rewards: np.ndarray, log_ratios: np.ndarray) -> None:
+    def _steer(self, prompts: list[Any], rewards: np.ndarray) -> None:
         levels = self.baselines.levels([key_of(prompt) for prompt in prompts], rewards)
         apart, degrees = within(rewards), rewards.shape[0] * (rewards.shape[1] - 1)
-        lam = self.steering.update(levels, apart.T @ apart / max(degrees, 1), slope_of(rewards, log_ratios))
+        lam = self.steering.update(levels, apart.T @ apart / max(degrees, 1))
         self.reward_weights.copy_(torch.from_numpy(lam))
         for j, name in enumerate(self.rewards.names):
             self._logs.metrics["train"][f"lam/{name}"].append(float(lam[j]))

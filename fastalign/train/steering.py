@@ -2,10 +2,10 @@
 
 The weights of a palette minimise the dual g(λ) = E_x log Z(x, λ) − λ·c (`palette.solve`), whose gradient is the levels
 of p_λ less the palette c and whose Hessian is the covariance of the rewards under p_λ, within prompts. A policy trained
-on λ·R less its KL to the base approaches p_λ, so its own completions measure both. It lags behind, however: its levels
-are those of another λ', which its completions tell too, as the slope of log π/p0 over the rewards. So after every batch
-λ makes a damped step towards the minimum of the dual's quadratic model at λ'; what candidates of the base promised is
-corrected by what the policy does, and a policy that learns slowly does not drive λ up.
+on λ·R less its KL to the base approaches p_λ, so its own completions measure both. It lags behind, however, and may
+never get there. So after every batch λ is a Newton step away from the average λ̄ of the λ before: as far beyond λ̄ as
+the policy lags behind, and λ̄ follows for as long as a level is missed. A controller with a proportional and an integral
+part, as Stooke et al. steer constraints with (arXiv 2007.03964): the integral alone overshoots while the policy lags.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ RIDGE = 1e-3  # of each value's variance
 
 
 class Rule(NamedTuple):
-    """The step: λ ← λ + rate · (λ' + H⁻¹ (c − levels) − λ), subject to λ's signs, with λ', levels and H exponentially
+    """λ = λ̄ + H⁻¹ (c − levels), subject to λ's signs, then λ̄ ← λ̄ + rate · (λ − λ̄); levels and H are exponentially
     averaged over about `memory` batches.
 
-    limit: the largest step, in standard deviations of λ·R. hold: λ has arrived if every level has kept its bound, by
-    more than its standard error, over this many batches; 0: never.
+    limit: the largest |λ − λ̄|, in standard deviations of its reward. hold: λ has arrived if every level has kept its
+    bound, by more than its standard error, over this many batches; 0: never.
     """
 
-    rate: float = 0.2
+    rate: float = 0.05
     memory: float = 6.0
-    limit: float = 0.5
+    limit: float = 2.0
     hold: int = 8
 
 
@@ -67,10 +67,10 @@ class Steering:
         if not self.palette.shape == self.side.shape == self.lam.shape == self.free.shape:
             raise UserError(f"lam must have one weight per level, {len(self.palette)}, got {self.lam.shape}")
         self.rule = rule
+        self._mean = self.lam  # λ̄
         self._count = 0.0  # of batches in the averages
         self._levels = np.zeros_like(self.lam)
         self._covariance = np.zeros((len(self.lam), len(self.lam)))
-        self._slope = np.zeros_like(self.lam)
         self._recent: list[list[float]] = []  # levels of the last `hold` batches
 
     @property
@@ -78,31 +78,30 @@ class Steering:
         """(m,) the averaged levels; NaN before the first batch."""
         return self._levels / self._count if self._count else np.full_like(self.lam, np.nan)
 
-    def update(self, levels: np.ndarray, covariance: np.ndarray, slope: np.ndarray | None = None) -> np.ndarray:
-        """One step from a batch's levels (m,), its covariance (m, m) within prompts, and the λ' (m,) that the policy
-        has reached (see `slope_of`; None: this λ); returns the new λ."""
+    def update(self, levels: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+        """One step from a batch's levels (m,) and its covariance (m, m) within prompts; returns the new λ."""
         keep = 1.0 - 1.0 / self.rule.memory
         self._count = keep * self._count + 1.0
         self._levels = keep * self._levels + levels
         self._covariance = keep * self._covariance + covariance
-        self._slope = keep * self._slope + (self.lam if slope is None else slope)
         self._recent = [*self._recent, np.asarray(levels, dtype=np.float64).tolist()][-max(self.rule.hold, 1) :]
         hessian = self._covariance / self._count
-        step = self.rule.rate * (self._minimum(self._slope / self._count, hessian) - self.lam)
+        step = self._minimum(hessian) - self._mean
         size = float(np.sqrt(max(step @ hessian @ step, 0.0)))
-        self.lam = self.lam + step * min(1.0, self.rule.limit / size if size > 0 else 1.0)
+        step *= min(1.0, self.rule.limit / size if size > 0 else 1.0)
+        self.lam, self._mean = self._mean + step, self._mean + self.rule.rate * step
         return self.lam
 
-    def _minimum(self, reached: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-        """Of the dual's quadratic model at λ' over the λ of the right signs: values at their bound are fixed at 0, one
+    def _minimum(self, hessian: np.ndarray) -> np.ndarray:
+        """Of the dual's quadratic model at λ̄ over the λ of the right signs: values at their bound are fixed at 0, one
         after the other."""
         gap = self.palette - self.levels
         ridged = hessian + np.diag(RIDGE * np.diag(hessian) + np.finfo(np.float64).tiny)
         fixed = self.free.copy()
         while not fixed.all():
             lam, moved = np.zeros_like(self.lam), ~fixed
-            right = gap[moved] + hessian[np.ix_(moved, fixed)] @ reached[fixed]
-            lam[moved] = reached[moved] + np.linalg.solve(ridged[np.ix_(moved, moved)], right)
+            right = gap[moved] + hessian[np.ix_(moved, fixed)] @ self._mean[fixed]
+            lam[moved] = self._mean[moved] + np.linalg.solve(ridged[np.ix_(moved, moved)], right)
             wrong = moved & (lam * self.side < 0.0)
             if not wrong.any():
                 return lam
@@ -124,23 +123,14 @@ class Steering:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON values."""
         return {
-            "lam": self.lam.tolist(), "count": self._count, "levels": self._levels.tolist(),
-            "covariance": self._covariance.tolist(), "slope": self._slope.tolist(), "recent": self._recent,
+            "lam": self.lam.tolist(), "mean": self._mean.tolist(), "count": self._count,
+            "levels": self._levels.tolist(), "covariance": self._covariance.tolist(), "recent": self._recent,
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.lam, self._count = np.array(state["lam"]), float(state["count"])
+        self.lam, self._mean, self._count = np.array(state["lam"]), np.array(state["mean"]), float(state["count"])
         self._levels, self._covariance = np.array(state["levels"]), np.array(state["covariance"])
-        self._slope = np.array(state["slope"])
         self._recent = [list(row) for row in state["recent"]]
-
-
-def slope_of(rewards: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
-    """λ' (m,): the regression of log π/p0 (B, G) on rewards (B, G, m) within prompts; λ itself for a policy that is
-    p_λ. NaN counts as the mean."""
-    flat = within(rewards)
-    apart = (log_ratios - log_ratios.mean(axis=1, keepdims=True)).ravel()
-    return np.linalg.lstsq(flat, apart, rcond=RIDGE)[0]
 
 
 def within(rewards: np.ndarray) -> np.ndarray:

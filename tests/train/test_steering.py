@@ -11,7 +11,7 @@ from enumerable import law, sampler
 from fastalign import UserError
 from fastalign.losses import group_advantages
 from fastalign.palette import solve
-from fastalign.train.steering import Baselines, Rule, Steering, slope_of
+from fastalign.train.steering import Baselines, Rule, Steering
 
 
 def problem(seed=0, outcomes=60, values=3):
@@ -55,7 +55,7 @@ def test_a_policy_that_follows_at_once(case, begin):
     assert wanted.feasible
     side = np.array([{">=": 1, "<=": -1, "==": 0}[each] for each in sense])
     start = np.zeros(3) if begin == "zero" else np.where(side == 0, 1, side) * 2.0 / np.sqrt(np.diag(covariance))
-    steering = Steering(levels, sense, np.where(free, 0.0, start), free=free, rule=Rule(rate=0.2, memory=2.0))
+    steering = Steering(levels, sense, np.where(free, 0.0, start), free=free, rule=Rule(memory=2.0))
     for _ in range(300):
         steering.update(*moments(tilted(p, rewards, steering.lam), rewards))
     np.testing.assert_allclose(steering.lam, wanted.lam, rtol=1e-3, atol=1e-6 * np.abs(wanted.lam).max())
@@ -69,17 +69,14 @@ def test_a_policy_that_learns_by_gradient_ends_within_one_percent():
     wanted = solve(rewards, palette, weights=p)
     steering = Steering(palette, [">="] * 3, np.zeros(3), rule=Rule())
     logits = np.log(p)
-    for i in range(1000):
+    for _ in range(1000):
         for _ in range(3):
             q = np.exp(logits - logits.max())
             q /= q.sum()
             gain = rewards @ steering.lam - (np.log(q) - np.log(p))
             logits = logits + 0.02 * (gain - q @ gain)  # natural gradient
-        apart = rewards - q @ rewards
-        slope = np.linalg.solve(apart.T @ (q[:, None] * apart), apart.T @ (q * np.log(q / p)))
-        steering.update(*moments(q, rewards), slope)
-        if i == 20:
-            assert (np.abs(steering.lam) < 2 * np.abs(wanted.lam).max()).all()  # a policy that lags drives none up
+        steering.update(*moments(q, rewards))
+        assert (np.abs(steering.lam) < 2.5 * np.abs(wanted.lam).max()).all()  # while the policy lags
     np.testing.assert_allclose(steering.lam, wanted.lam, rtol=1e-2, atol=1e-2 * np.abs(wanted.lam).max())
     np.testing.assert_allclose(np.abs(q - tilted(p, rewards, wanted.lam)).sum(), 0, atol=1e-2)
 
@@ -109,11 +106,16 @@ def test_it_holds_only_when_every_level_does():
     assert steering.holds
 
 
-def test_the_slope_of_p_lambda_is_lam():
-    rng = np.random.default_rng(0)
-    rewards, lam = rng.normal(size=(5, 8, 3)) * [1, 10, 0.1], np.array([0.5, -0.02, 3.0])
-    of_prompt = rng.normal(size=(5, 1))  # log Z
-    np.testing.assert_allclose(slope_of(rewards, rewards @ lam - of_prompt), lam)
+def test_a_policy_that_falls_short_of_p_lambda_is_driven_further():
+    """Towards the levels that were asked for, not towards the λ that p_λ would need."""
+    p, rewards = problem(2)
+    mean, covariance = moments(p, rewards)
+    palette = mean + 0.5 * np.sqrt(np.diag(covariance))
+    wanted = solve(rewards, palette, weights=p)
+    steering = Steering(palette, [">="] * 3, wanted.lam)
+    for _ in range(500):
+        steering.update(*moments(tilted(p, rewards, steering.lam / 2), rewards))
+    np.testing.assert_allclose(steering.lam, 2 * wanted.lam, rtol=1e-3, atol=1e-3 * np.abs(wanted.lam).max())
 
 
 def test_a_constant_value_moves_nothing():

@@ -27,7 +27,7 @@ LIGHT = 0.1  # of a prompt's weight, on the candidates that a pass leaves out
 DRAWS = 4  # of each training prompt, to measure a pass's model
 
 
-def distill(job: Job, out: Path, left: Budget, options: Mapping[str, Any], *, passes: int = PASSES) -> float:
+def distill(job: Job, out: Path, left: Budget, options: Mapping[str, Any]) -> float:
     """Train the job's model into `out`; returns how many tokens that took. options: of `train_distill`.
 
     Pass i has its model and that model's samples in distilled-<i>, beside the candidates; a resumed job goes on after
@@ -37,7 +37,7 @@ def distill(job: Job, out: Path, left: Budget, options: Mapping[str, Any], *, pa
 
     def train() -> dict[str, Any]:
         nonlocal tokens
-        i, tokens = _passes(job, left, options, passes)
+        i, tokens = _passes(job, left, options)
         return {"passes": i + 1, "lam": job.lam}
 
     done = job.folder.decided(f"{job.part}: distilled", train)
@@ -47,17 +47,17 @@ def distill(job: Job, out: Path, left: Budget, options: Mapping[str, Any], *, pa
     return tokens
 
 
-def _passes(job: Job, left: Budget, options: Mapping[str, Any], passes: int) -> tuple[int, float]:
+def _passes(job: Job, left: Budget, options: Mapping[str, Any]) -> tuple[int, float]:
     """(the last pass, tokens)."""
     aim = Aim(Candidates.from_parquet(job.scored, kind="scored").reward_array(job.names), job.solution)
     source, began, tokens, cost = job.source.name, time.perf_counter(), 0.0, (0.0, 0.0)
-    for i in range(passes):
+    for i in range(PASSES):
         made, since = _place(job, i), (time.perf_counter() - began, tokens)
         job.lam = dict(zip(job.names, aim.lam.tolist(), strict=True))
         if not (scored := made.with_name(f"{made.name}_scored.parquet")).exists():
             tokens += _train(job, source, made, left.less(*since), options)
             now = time.perf_counter() - began, tokens
-            if i + 1 == passes or left.less(*now).spent(*cost):
+            if i + 1 == PASSES or left.less(*now).spent(*cost):
                 return i, tokens
             tokens += _measure(job, made, scored)
             cost = time.perf_counter() - began - since[0], tokens - since[1]

@@ -82,7 +82,7 @@ def align(
     if not trained and settings.how not in HOW:
         raise UserError(f"how must be one of {', '.join(HOW)}, got {settings.how!r}")
     parse_palette(words, names, np.zeros((1, len(names))), rest="free")  # its words; levels come later
-    runs.lora(settings.lora_r, "CAUSAL_LM")
+    runs.lora(methods.rank(settings.how, settings.lora_r), "CAUSAL_LM")
     budget = Budget.parse(settings.budget)
     train, held = split(prompts, settings.heldout, settings.seed)
     if repeated := len(prompts) - len(train) - len(held):

@@ -35,15 +35,14 @@ def train_grpo(
     solution: Mapping[str, Any],
     out: Path,
     *,
-    reference: str | None = None,
     steered: bool = True,
     **options: Unpack[GRPOOptions],
 ) -> dict[str, Any]:
     """Train a model to a palette by GRPO, from its own scored candidates; see `train.steering`.
 
     solution: of `steps.solve_palette`; λ begins at its "lambda" and is steered to its "solved_for", or stays where it
-    began. reference: the base, where `model` is already trained. options: of `jobs.grpo.train_grpo`. Returns what is in
-    <out>/result.json, with the last "lambda" and the "tokens".
+    began. options: of `jobs.grpo.train_grpo`. Returns what is in <out>/result.json, with the last "lambda" and the
+    "tokens".
     """
     from fastalign.train.grpo_config import GRPOConfig
     from fastalign.train.steered_grpo import SteeredGRPOTrainer
@@ -53,7 +52,7 @@ def train_grpo(
     step: GRPOOptions = {"batch_size": size, "num_generations": GENERATIONS, "max_steps": STEPS, "save_steps": 10}
     fixed: GRPOOptions = {"advantage": "rloo", "loss_type": "dr_grpo", "beta": 1.0}
     settings = GRPOSettings(**(step | options | fixed))
-    of = {"values": list(rewards), "solution": dict(solution), "reference": reference, "steered": steered}
+    of = {"values": list(rewards), "solution": dict(solution), "steered": steered}
     of["prompts"] = runs.rows_hash(scored.prompts)
     record = settings.record(command="align grpo", model=model, **of)
     adapters = runs.lora(settings.lora_r, "CAUSAL_LM")
@@ -63,7 +62,6 @@ def train_grpo(
     steering = begin(solution, steered)
     with runs.quiet(), run:
         loaded, tokenizer = runs.load_policy(model, settings.dtype, run.out)
-        base = None if reference is None else runs.load_policy(reference, settings.dtype, run.out)[0]
         rows = prompt_rows(scored.prompts, tokenizer, None)
         with runs.one_line():
             args = GRPOConfig(
@@ -75,7 +73,6 @@ def train_grpo(
             make = partial(
                 SteeredGRPOTrainer, loaded, ppo.read_values(rewards), args, rows, processing_class=tokenizer,
                 peft_config=adapters, steering=steering, baselines=baselines(scored, names, rows["prompt"]),
-                reference=base,
             )  # fmt: skip
         shown = {name: f"level/{name}" for name in names} | {"KL": "kl"}
         trainer, speed = trainers.train(run, "grpo", make, shown, settings.show_progress, settings.until)
@@ -119,7 +116,7 @@ def train_ppo(
 
 def begin(solution: Mapping[str, Any], steered: bool) -> Steering:
     """At the solution's λ; where it is not steered, λ stays there."""
-    rule = Rule() if steered else Rule(rate=0.0, hold=0)
+    rule = Rule() if steered else Rule(limit=0.0, hold=0)
     return Steering(solution["solved_for"], solution["sense"], solution["lambda"], free=solution["free"], rule=rule)
 
 
