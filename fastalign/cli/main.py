@@ -394,8 +394,11 @@ def map_(
         _advise(console, pipeline.worth_of(solution), solution["candidates"])
     if not solution["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(solution["values"], solution["nearest"], strict=True))
+        conflicts = solution.get("conflicts") or [solution["values"]]  # older files have none
+        what = " or ".join(" and ".join(group) + " together" * (len(group) > 1) for group in conflicts)
         console.print(
-            f"infeasible: no reweighting reaches it; nearest {nearest}. λ is for a point just inside.", style="yellow"
+            f"infeasible: no reweighting reaches {what}; nearest {nearest}. λ is for a point just inside.",
+            style="yellow",
         )
     if str(out) != STDOUT:
         console.print(f"{out}")

@@ -61,10 +61,9 @@ def parse_palette(
         if name not in names and name != "rest":
             raise UserError(f"palette must name each of {', '.join(names)} once, got {name!r}")
         if name in targets:
-            bounds = [targets[name], (sense, what)]
-            if name in names and _contradict([(side, level(name, side, to)) for side, to in bounds]):
-                both = " and ".join(f"{name} {side} {to}" for side, to in bounds)
-                raise UserError(f"palette must have bounds that one level can meet, got {both}")
+            if name in names:
+                bounds = [(side, to, level(name, side, to)) for side, to in (targets[name], (sense, what))]
+                _check_bounds(name, bounds, float(mean[names.index(name)]))
             raise UserError(f"palette must name each of {', '.join(names)} once, got {name!r} again")
         targets[name] = (sense, what)
     named = [name for name in names if name in targets]
@@ -152,20 +151,31 @@ def _read(path: str, names: Sequence[str]) -> str | Mapping[str, Any]:
 
     with open(path, encoding="utf-8") as file:
         try:
-            content = yaml.safe_load(file)  # JSON is YAML
+            text = file.read()
+            content, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)  # JSON is YAML
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{os.fspath(path)}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
     if isinstance(content, list) and all(isinstance(term, str) for term in content):
         return ",".join(content)
+    keys = [key.value for key, _ in root.value] if isinstance(content, Mapping) else []
+    if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:  # YAML takes the last
+        raise UserError(f"{path}: must name each value once, got {twice[0]!r} again")
     if isinstance(content, Mapping) and content and not any(isinstance(x, list | Mapping) for x in content.values()):
         return {str(name): what for name, what in content.items()}
     raise UserError(f"{path}: must map each value to its level, such as {names[0]}: base+1sd")
 
 
-def _contradict(bounds: list[tuple[str, float]]) -> bool:
-    least = max((level for sense, level in bounds if sense != "<="), default=-np.inf)
-    most = min((level for sense, level in bounds if sense != ">="), default=np.inf)
-    return least > most
+def _check_bounds(name: str, bounds: Sequence[tuple[str, str, float]], base: float) -> None:
+    """Raises UserError for bounds that contradict each other, and for a band; each is (sense, what, level)."""
+    both = " and ".join(f"{name} {sense} {what}" for sense, what, _ in bounds)
+    least = max((level for sense, _, level in bounds if sense != "<="), default=-np.inf)
+    most = min((level for sense, _, level in bounds if sense != ">="), default=np.inf)
+    if least > most:
+        raise UserError(f"palette must have bounds that one level can meet, got {both}")
+    if {sense for sense, _, _ in bounds} == {">=", "<="}:
+        short = [f"{name} {sense} {what}" for sense, what, x in bounds if (base < x if sense == ">=" else base > x)]
+        way = f"the base, {base:.4g}, misses only {short[0]}" if short else f"the base, {base:.4g}, meets both"
+        raise UserError(f"palette must have one bound for each value, got {both}: {way}")
 
 
 def _level(what: str, sense: str, column: np.ndarray, mean: float, deviation: float) -> float:

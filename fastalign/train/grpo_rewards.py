@@ -162,9 +162,11 @@ def _load(name: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
+    from fastalign.models.loading import resolve
 
+    folder = resolve(name)
     with quiet_unless_terminal(), one_line_errors(name):
-        return AutoModelForSequenceClassification.from_pretrained(name, **{"num_labels": 1, **options})
+        return AutoModelForSequenceClassification.from_pretrained(folder, **{"num_labels": 1, **options})
 
 
 class _Classifier:

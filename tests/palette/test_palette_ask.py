@@ -95,6 +95,7 @@ def test_palettes_in_files_and_mappings(tmp_path, name, content):
         ('{"humor": "', "cannot be read as YAML"),
         ('{"humour": 1}', "name each of humor, helpful, harmless once, got 'humour'"),
         ('{"kind": "palette", "values": []}', "palette files go to"),
+        ('{"humor": 1, "helpful": 2, "humor": "<= 3"}', "must name each value once, got 'humor' again"),
     ],
 )
 def test_mistakes_in_files(tmp_path, content, message):
@@ -115,6 +116,11 @@ def test_mistakes_in_files(tmp_path, content, message):
         ("humor>=0.6,humor<=0.5,rest=mean", "bounds that one level can meet, got humor >= 0.6 and humor <= 0.5"),
         ("humor==0.6,humor==base,rest=mean", "bounds that one level can meet, got humor == 0.6 and humor == base"),
         ("humor>=0.6,humor>=base,rest=mean", "got 'humor' again"),
+        (
+            "humor>=9,humor<=10,rest=mean",
+            r"one bound for each value, got .*: the base, .*, misses only humor >= 9",
+        ),
+        ("humor>=-9,humor<=9,rest=mean", r"one bound for each value, got .*: the base, .*, meets both"),
         ("missing.json", "no such file"),
         ("humor=lots,rest=mean", r"must be numbers, mean, mean\+1sd, mean\+10%, q80 or free, got 'lots'"),
         ("humor=mean+1e,rest=mean", "got 'mean\\+1e'"),

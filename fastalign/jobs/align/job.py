@@ -424,7 +424,7 @@ class Job:
     def _impossible(self, base: Candidates) -> dict[str, Any]:
         grid = base.reward_array(self.names)
         asked, senses, _ = self.asked(grid)
-        rows = proof.impossible(self.names, asked, senses, grid)
+        rows = proof.impossible(self.names, asked, senses, grid, conflicts=self.solution["conflicts"])
         nearest, certificate = self.solution["nearest"], self.solution["certificate"]
         if certificate is not None:
             certificate = {

@@ -331,8 +331,8 @@ def solve_palette(
     `select` realises. rest: what values not given are to reach, as in `palette.parse_palette`. margin: λ is for a point
     ("solved_for") beyond the palette by as many standard errors over the prompts, if that can be reached, so that other
     prompts reach the palette too.
-    If the palette is infeasible, the file says so and contains the nearest reachable one and the certificate, and λ is
-    for a point just inside that one.
+    If the palette is infeasible, the file says so and contains the nearest reachable one, the groups of values that
+    cannot be had together ("conflicts") and the certificate of the first, and λ is for a point just inside the nearest.
     """
     from fastalign.decode import estimate, worth
     from fastalign.palette import parse_palette, quantile_palette, solve
@@ -373,7 +373,10 @@ def solve_palette(
     asked = [j for j, nothing in enumerate(free) if not nothing]
     for line in alike([names[j] for j in asked], grid[..., asked]):
         outputs.say(line)
+    conflicts: list[list[int]] = []
+    proof = first
     if first.nearest is not None:  # infeasible
+        conflicts, proof = _conflicts(flat, target, groups, sense, asked)
         solution, solved_for = just_inside(first.nearest, flat, groups, sense)
     elif margin:
         side = np.array([0 if nothing else SIDE[each] for nothing, each in zip(free, sense, strict=True)])
@@ -391,7 +394,8 @@ def solve_palette(
         "feasible": bool(first.feasible),
         "nearest": None if first.nearest is None else first.nearest.tolist(),
         "scaling": None if first.scaling is None else float(first.scaling),
-        "certificate": _certificate(first, grid),
+        "conflicts": [[names[j] for j in conflict] for conflict in conflicts],
+        "certificate": _certificate(proof, grid),
         "sense": sense,
         "free": free,
         "solved_for": solved_for.tolist(),
@@ -428,6 +432,27 @@ def just_inside(
     before = flat.mean(axis=0, dtype=np.float64)
     levels = before + INWARD * (nearest - before)
     return solve(flat, levels, groups=groups, sense=sense), levels
+
+
+def _conflicts(
+    flat: np.ndarray, target: np.ndarray, groups: np.ndarray | None, sense: Sequence[str], asked: Sequence[int]
+) -> tuple[list[list[int]], Any]:
+    """Of an infeasible palette: the values none of which can be reached even alone, or else values that cannot be
+    reached together, of which none can be left out; and the solution that proves the first of these."""
+    from fastalign.palette import solve
+
+    def only(kept: Sequence[int]) -> Any:
+        there = np.isin(np.arange(len(target)), kept)
+        sides = [side if wanted else ">=" for side, wanted in zip(sense, there, strict=True)]
+        return solve(flat, np.where(there, target, flat.min(axis=0)), groups=groups, sense=sides)
+
+    if alone := [[j] for j in asked if not only([j]).feasible]:
+        return alone, only(alone[0])
+    conflict = list(asked)
+    for j in asked:
+        if not only(rest := [k for k in conflict if k != j]).feasible:
+            conflict = rest
+    return [conflict], only(conflict)
 
 
 def _certificate(solution: Any, grid: np.ndarray) -> dict[str, Any] | None:
