@@ -208,6 +208,10 @@ def test_best_is_a_stable_sort(each_backend):
         assert torch.equal(
             resample(x, k, method="best", seed=0), x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         )
+    x = torch.arange(2000.0)[None].flip(1)
+    x[0, 1500] = 1e30  # all differ from it by as much in double
+    assert resample(x, 4, method="best", seed=0).tolist() == [[1500, 0, 1, 2]]
+    assert resample(x.flip(1), 4, method="best", seed=0).tolist() == [[499, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -234,17 +238,22 @@ def test_the_scale_of_the_weights_does_not_matter(each_backend, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_threads_do_not_matter(method):
-    x = torch.randn(30, 2000)
+@pytest.mark.parametrize(("rows", "n", "k"), [(30, 2000, 9), (1, 40_000, 1), (1, 40_000, 700)])
+def test_threads_do_not_matter(method, rows, n, k):
+    """Rows are shared out or, where there are few and long ones, the parts of a row."""
+    generator = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(rows, n, generator=generator), torch.rand(rows, n, generator=generator) > 0.1
+    x[:, ::7] = 1.5  # ties
     before = torch.get_num_threads()
     result = []
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            result.append(resample(x, 9, method=method, seed=2))
+            result.append(resample(x, k, method=method, mask=mask, seed=2))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(result[0], result[1]) and torch.equal(result[0], result[2])
+    assert torch.equal(result[0], assert_same(x, k, method=method, mask=mask, seed=2))
 
 
 def test_a_long_row(each_backend):
