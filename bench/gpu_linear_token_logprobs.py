@@ -37,6 +37,7 @@ class Setting:
     rank: int = 0
     grad_filter: float = 0.0
     backward: bool = True
+    budget: int = 0  # bytes for tiles kept from the forward pass
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ class Setting:
         parts += [str(self.dtype)[6:], f"weight {str(self.weight_dtype)[6:]}" if self.weight_dtype else ""]
         parts += ["frozen" if self.frozen else "", STATISTICS[self.statistics], "bias" if self.bias else ""]
         parts += ["softcap" if self.softcap else "", f"adapter {self.rank}" if self.rank else ""]
-        parts += ["filter 2^-12" if self.grad_filter else ""]
+        parts += ["filter 2^-12" if self.grad_filter else "", f"budget {self.budget >> 20:,} MB" if self.budget else ""]
         return " ".join(part for part in parts if part)
 
 
@@ -60,11 +61,14 @@ def cases() -> Iterator[KernelCase]:
         Setting(vocab=131_072, statistics=ENTROPY): "Liger's CuTe kernel 50.2 ms",
     }
     more = [
+        Setting(budget=4 << 30),
         Setting(backward=False),
         Setting(frozen=True),
         Setting(statistics=ALL),
         Setting(frozen=True, statistics=ALL, rank=16),
         Setting(statistics=ALL, vocab=128_256, softcap=30.0, bias=True),
+        Setting(statistics=ENTROPY, budget=1 << 30),
+        Setting(dtype=f16, vocab=128_256, budget=4 << 30),
         Setting(grad_filter=2.0**-12),
         Setting(rank=16, vocab=128_256),
         Setting(dtype=f16, vocab=128_256),
@@ -111,7 +115,9 @@ def _build(setting: Setting, device: str, small: bool) -> Work:
 
     def run():
         unit = setting.backward and setting.frozen
-        log_probs, row_max, row_sum, entropy, *_, kept, unit = kernel.forward(*head, setting.statistics, unit, 0)
+        log_probs, row_max, row_sum, entropy, *_, kept, unit = kernel.forward(
+            *head, setting.statistics, unit, setting.budget
+        )
         if not setting.backward:
             return log_probs, entropy
         given = (grad, grad_entropy, row_max, row_sum, entropy, kept, unit)
@@ -119,7 +125,7 @@ def _build(setting: Setting, device: str, small: bool) -> Work:
 
     products = (
         1
-        + setting.backward * (1 if setting.frozen else 3)
+        + setting.backward * (1 if setting.frozen else 3 - _kept_share(setting, hidden, weight, labels))
         + 2 * (setting.backward and setting.frozen and setting.statistics)
     )
     size = sum(x.numel() * x.element_size() for x in (hidden, weight, bias, a, b) if x is not None)
@@ -132,10 +138,16 @@ def _build(setting: Setting, device: str, small: bool) -> Work:
     return Work(
         run,
         least,
-        2 * products * tokens * width * vocab,
+        round(2 * products * tokens * width * vocab),
         peers=_peers(setting, hidden, weight, labels, grad) if device == "cuda" else {},
         check=partial(_check, setting, run, head, grad, grad_entropy),
     )
+
+
+def _kept_share(setting: Setting, hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
+    """Of the logits, which the backward pass then does not make."""
+    fits, whole = (kernel.kept_size(hidden, weight, labels, 0.0, budget) for budget in (setting.budget, 1 << 60))
+    return fits / whole
 
 
 def _check(setting: Setting, run: Callable, head: tuple, grad: Tensor, grad_entropy: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Runs TRL's own trainers on fastalign's head: add `fastalign.integrations.trl.install()` to an unchanged script.
 
 TRL computes its losses as before; fastalign only provides the per-token log-probabilities. Two functions are replaced,
-for CPU tensors only (tensors on other devices use TRL's own code):
+for CPU tensors, and the first on NVIDIA GPUs too where fastalign's head takes fewer products than TRL's (other tensors
+use TRL's own code):
     trl.trainer.utils._ChunkedLogProbFunction, under `add_fused_lm_head` (DPO, KTO, GRPO, RLOO, SFT), together with the
         test that decides whether prompt and padding positions are left out of the projection: now they are;
     trl.trainer.utils.selective_log_softmax, for the trainers that still build full logits (CPO, ORPO, ...; OnlineDPO
@@ -31,8 +32,12 @@ _originals: dict[str, Any] = {}  # name in trl.trainer.utils -> what stood there
 _replacements: dict[str, Any] = {}
 
 
-def install(*, speed_up: bool = False) -> None:
+def install(*, speed_up: bool = False, memory_budget: int | None = None) -> None:
     """Make TRL's trainers in this process use fastalign's head. Calling it again has no effect.
+
+    memory_budget: bytes that tiles may take on a GPU, None: an eighth of its memory. TRL's own head runs there unless
+    all tiles of a call fit (tokens · vocabulary · 2 bytes), hidden states and weight are in one narrow type, the weight
+    learns and there is no softcap: then three products do for four.
 
     speed_up: also compute the linear layers of models that trainers prepare from now on by the fastest products of this
     CPU, as `integrations.transformers.speed_up` does; these models keep it after `uninstall`.
@@ -44,9 +49,12 @@ def install(*, speed_up: bool = False) -> None:
         from trl.trainer import utils
     except ImportError:
         raise UserError("integrations.trl.install() needs trl: pip install 'fastalign[trl]'") from None
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget >= 0):
+        raise UserError(f"memory_budget must be a number of bytes, at least 0, or None, got {memory_budget!r}")
     if not _originals:
         has_outputs = _check(utils)
-        _put(utils, "_ChunkedLogProbFunction", _head(utils._ChunkedLogProbFunction, has_outputs))
+        _put(utils, "_ChunkedLogProbFunction", _head(utils._ChunkedLogProbFunction, has_outputs, memory_budget))
+        _tell_of_gpus()
         _put(utils, "selective_log_softmax", _selective_log_softmax(utils.selective_log_softmax))
         if hasattr(utils, "_use_triton"):
             _put(utils, "_use_triton", _compacts(utils._use_triton))
@@ -100,7 +108,46 @@ class _NoDTensor:
     """Replaces the class for which TRL gathers a weight. No weight is of this class: the head below gathers."""
 
 
-def _head(original: Any, has_outputs: bool) -> Any:
+def _tell_of_gpus() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        print(
+            "fastalign: on a GPU TRL's own head runs, and fastalign's where all its tiles fit memory_budget",
+            file=sys.stderr,
+        )
+
+
+def tile_bytes(hidden: Any, weight: Any, targets: Any, softcap: float | None) -> int:
+    """Of all tiles of a call on an NVIDIA GPU; 0 where the head would not take three products for four."""
+    import torch
+
+    from fastalign import kernels
+    from fastalign.ops import head
+
+    dtype = head.autocast_type(hidden.device, hidden.dtype)
+    learns = weight.requires_grad and torch.is_grad_enabled()
+    if not learns or dtype.itemsize > 2 or dtype != head.autocast_type(hidden.device, weight.dtype):
+        return 0
+    shapes = (torch.empty(x.shape, dtype=dtype, device="meta") for x in (hidden, weight))
+    return 4 * kernels.launcher("linear_token_logprobs.kept_size")(*shapes, targets, softcap or 0.0, 1 << 60)
+
+
+def _tiles_that_fit(hidden: Any, *call: Any, memory_budget: int | None) -> int:
+    """Bytes of all tiles; 0 where TRL's own head is to run."""
+    import torch
+
+    from fastalign import backend
+
+    if hidden.device.type != "cuda" or not backend.has_triton():
+        return 0
+    if memory_budget is None:
+        memory_budget = torch.cuda.get_device_properties(hidden.device).total_memory // 8
+    size = tile_bytes(hidden, *call)
+    return size if size <= memory_budget else 0
+
+
+def _head(original: Any, has_outputs: bool, memory_budget: int | None) -> Any:
     """original: None where TRL's kernels cannot be imported."""
 
     class ChunkedLogProbFunction:
@@ -113,11 +160,14 @@ def _head(original: Any, has_outputs: bool) -> Any:
             from fastalign.ops import dtensor
 
             weight, bias = dtensor.gathered(weight), dtensor.gathered(bias)
+            kept = None
             if hidden.device.type != "cpu":
-                more = (outputs,) if has_outputs else ()
-                return original.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, *more
-                )
+                kept = _tiles_that_fit(hidden, weight, targets, softcap, memory_budget=memory_budget)
+                if not kept:
+                    more = (outputs,) if has_outputs else ()
+                    return original.apply(
+                        hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, *more
+                    )
             from fastalign.ops import linear_token_logprobs
 
             result = linear_token_logprobs(
@@ -129,6 +179,7 @@ def _head(original: Any, has_outputs: bool) -> Any:
                 softcap=softcap,
                 logit_scale=logit_scale,
                 outputs=("log_probs", *outputs) if "log_probs" not in outputs else tuple(outputs),
+                memory_budget=kept,
             )
             if not isinstance(result, tuple):  # a single output comes as a tensor
                 return result, None, None, None, None

@@ -78,7 +78,7 @@ def token_logprobs(
             ignore_index,
             statistics=statistics_for(outputs),
             unit=learns[0] and not head_learns,
-            memory_budget=budget(memory_budget, weight, learns[1]) if head_learns and chosen == "cpu" else 0,
+            memory_budget=budget(memory_budget, weight, learns[1], chosen, grad_filter) if head_learns else 0,
             grad_filter=float(grad_filter or 0.0),
         )
         log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1, _, _ = _LinearTokenLogprobs.apply(
@@ -93,10 +93,13 @@ def token_logprobs(
 def as_autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Float32 tensors in autocast's type where it is on for a GPU, as F.linear takes them: in float32 the tensor cores
     would stand still. On a CPU tensors stay as they are."""
-    if device.type in ("cpu", "meta") or not torch.is_autocast_enabled(device.type):
-        return tensors
-    narrow = torch.get_autocast_dtype(device.type)
-    return tuple(x.to(narrow) if x is not None and x.dtype == torch.float32 else x for x in tensors)
+    return tuple(x if x is None else x.to(autocast_type(device, x.dtype)) for x in tensors)
+
+
+def autocast_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    if dtype != torch.float32 or device.type in ("cpu", "meta") or not torch.is_autocast_enabled(device.type):
+        return dtype
+    return torch.get_autocast_dtype(device.type)
 
 
 def check(
@@ -154,7 +157,11 @@ def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
         raise UserError(f"{name} must have shape {rule} with no size 0, got {tuple(x.shape)}")
 
 
-def budget(memory_budget: int | None, weight: Tensor, learns: bool) -> int:
+def budget(memory_budget: int | None, weight: Tensor, learns: bool, chosen: str, grad_filter: float | None) -> int:
+    """Bytes for tiles. On a GPU none are released as the weight's gradient is filled, so that they are kept on request
+    alone; and a filter there saves more."""
+    if chosen != "cpu":
+        return 0 if memory_budget is None or grad_filter else memory_budget
     if memory_budget is not None:
         return memory_budget
     if weight.dtype == torch.float64:  # for gradcheck: a second backward pass must give the same bits
@@ -227,7 +234,12 @@ def _forward_fake(
     unit: bool,
     memory_budget: int,
 ) -> tuple[Tensor, ...]:
-    kept = kept_size(weight, labels, memory_budget, compute_dtype(hidden.dtype))
+    if memory_budget and backend.choose(hidden.device) == "triton":
+        from fastalign import kernels
+
+        kept = kernels.launcher("linear_token_logprobs.kept_size")(hidden, weight, labels, softcap, memory_budget)
+    else:
+        kept = kept_size(weight, labels, memory_budget, compute_dtype(hidden.dtype))
     return empty.linear_token_logprobs(hidden, labels, statistics=statistics, unit=unit, kept=kept)
 
 

@@ -71,7 +71,9 @@ def linear_token_logprobs(
         memory_budget: bytes for tiles of logits kept for the backward pass; each saves one product of four, with the
             same results. No effect if weight, bias, A and B need no gradient. None: the size of the weight's gradient
             (the tiles are released as it is filled) plus 40 MB (float64: 0). Set 0 if several calls wait for their
-            backward pass and memory is short.
+            backward pass and memory is short. On a GPU, None is 0: nothing is released there before the end. All tiles
+            take N · V numbers of hidden's dtype; in a narrow one they bring the gradient one more rounding of each
+            probability. There is no effect with softcap or grad_filter, nor on AMD's GPUs.
 
     DTensors: a plain hidden contains this process's own rows, as under FSDP. A DTensor weight (bias, adapter) is then
     gathered, and its gradient averaged over the mesh, as FSDP does for all other weights; this is also correct if all
@@ -83,7 +85,8 @@ def linear_token_logprobs(
     Returns:
         log_probs (...) float32 (float64 for float64) if nothing else is requested, else a `TokenLogprobs`. Memory
         beyond the gradients: at most 64 MB and, if hidden is narrow or partly ignored, its scored rows in float32. On a
-        GPU: hidden in float32, a copy of hidden, and for tiles as much as hidden in float32, at least 64 MB.
+        GPU: hidden in float32, a copy of hidden, and for tiles 16 KB a row or as much as hidden in float32, at least 64
+        MB.
 
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.

@@ -221,7 +221,6 @@ def vocab_parallel_linear_token_logprobs(
     else:
         hidden, weight_shard, bias, a, b = head.as_autocast(hidden.device, hidden, weight_shard, bias, a, b)
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
-        kept = any(learns) and chosen == "cpu"
         options = HeadOptions(
             float(adapter_scale),
             float(temperature),
@@ -230,7 +229,9 @@ def vocab_parallel_linear_token_logprobs(
             ignore_index,
             statistics=statistics_for(outputs),
             unit=False,
-            memory_budget=head.budget(memory_budget, weight_shard, learns[0]) if kept else 0,
+            memory_budget=head.budget(memory_budget, weight_shard, learns[0], chosen, grad_filter)
+            if any(learns)
+            else 0,
             grad_filter=float(grad_filter or 0.0),
         )
         *fields, _ = _VocabParallelLinear.apply(hidden, weight_shard, bias, a, b, labels, options, part)

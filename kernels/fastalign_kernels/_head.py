@@ -221,8 +221,17 @@ def forward_tiles(
             e *= tl.where(inside, 1 - y * y, 0)
         to = (exps + r * exps_row + (begin - first))[:, None] + c[None, :]
         tl.store(to, e.to(exps.dtype.element_ty))
-    to = partial + (slot + split) * rows + r
-    kind = slots.to(tl.int64) * rows
+    store_state(
+        partial + (slot + split) * rows + r, slots.to(tl.int64) * rows, valid,
+        largest, total, label_z, weighted, squares, plain, before, STATISTICS,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_state(
+    to, kind, valid, largest, total, label_z, weighted, squares, plain, before, STATISTICS: tl.constexpr
+):  # fmt: skip
+    """The rows' state, its kinds so far apart."""
     tl.store(to, largest, mask=valid)
     tl.store(to + kind, total, mask=valid)
     tl.store(to + 2 * kind, label_z, mask=valid)
@@ -232,6 +241,21 @@ def forward_tiles(
         tl.store(to + 4 * kind, squares, mask=valid)
         tl.store(to + 5 * kind, plain, mask=valid)
         tl.store(to + 6 * kind, before, mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def join_exps(exps, tops, top, count, rows, exps_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Makes exps (row, column) of each block, relative to its `tops` (block, row), relative to `top` (row,)."""
+    if tl.program_id(0) * BLOCK_M >= tl.load(count):
+        return
+    r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r_read = tl.minimum(r, rows - 1)
+    block = tl.program_id(1).to(tl.int64)
+    drop = exp(tl.load(tops + block * rows + r_read) - tl.load(top + r_read))
+    at = (exps + r * exps_row + block * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    keep = (r < rows)[:, None]
+    e = tl.load(at, mask=keep, other=0)
+    tl.store(at, (e.to(drop.dtype) * drop[:, None]).to(e.dtype), mask=keep)
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "used", "vocab"])

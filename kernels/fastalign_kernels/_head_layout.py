@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -36,17 +37,15 @@ BLOCKS = {
 TALL = (90, 100, 103)  # architectures with registers and 197 KB of shared memory for tiles of 256 rows
 TALL_ROWS = 2048  # and that many rows at least
 GROUP_BYTES = 16 << 20  # of hidden states that stay in the second-level cache
-WORKSPACE = 64 << 20  # bytes of gradients of logits, or the size of hidden in float32 if that is more
+WORKSPACE = 64 << 20  # bytes of logits or their gradients, or the size of hidden in float32 if that is more
+WORKSPACE_WIDTH = 4096  # as if hidden were that wide at least: each part reads and writes its whole gradient
 
 
 class Head:
     """What all kernels of the head are given: its tensors with their strides, and the rows that count."""
 
     def __init__(self, hidden, weight, bias, a, b, labels, adapter_scale, scored, temperature, softcap, logit_scale):
-        self.compute = compute_dtype(hidden.dtype)
-        self.dot = hidden.dtype if hidden.dtype == weight.dtype else self.compute
-        if self.dot == torch.bfloat16 and hidden.device.type == "cpu":
-            self.dot = torch.float32  # Triton's interpreter multiplies bfloat16 as integers, and truncates to it
+        self.compute, self.dot = compute_dtype(hidden.dtype), dot_type(hidden, weight)
         self.hidden, self.weight, self.a, self.b, self.adapter_scale = hidden, weight, a, b, adapter_scale
         self.rows, (self.vocab, self.width) = labels.numel(), weight.shape
         self.position = torch.argsort((~scored).reshape(-1).to(torch.uint8), stable=True)
@@ -99,23 +98,15 @@ class Head:
             "num_warps": self.blocks.warps, "num_stages": self.blocks.stages, **options(self.dot, self.hidden.device),
         }  # fmt: skip
 
-    def part(self) -> int:
-        """How much of the vocabulary a workspace (rows, part) spans: a multiple of a tile's columns."""
-        size = max(WORKSPACE, self.rows * self.width * self.compute.itemsize)
-        columns = self.blocks.columns
-        fits = max(1, size // (self.rows * self.dot.itemsize * columns))
+    def part(self, columns: int, dtype: torch.dtype) -> int:
+        """How much of the vocabulary a workspace (rows, part) of that type spans: a multiple of `columns`."""
+        size = max(WORKSPACE, self.rows * max(self.width, WORKSPACE_WIDTH) * self.compute.itemsize)
+        fits = max(1, size // (self.rows * dtype.itemsize * columns))
         return min(fits, triton.cdiv(self.vocab, columns)) * columns
 
-    def workspace(self) -> Tensor:
+    def workspace(self, part: int) -> Tensor:
         """For whole tiles of one part."""
-        return self.weight.new_empty((self.row_blocks * self.blocks.rows, self.part()), dtype=self.dot)
-
-    def parts(self):
-        """(first, last, blocks of columns) of each part of the vocabulary."""
-        part = self.part()
-        for first in range(0, self.vocab, part):
-            last = min(first + part, self.vocab)
-            yield first, last, triton.cdiv(last - first, self.blocks.columns)
+        return self.weight.new_empty((self.row_blocks * self.blocks.rows, part), dtype=self.dot)
 
     def all_rows(self) -> Tensor:
         """hidden as a view (places, H): `place` says which of its rows count."""
@@ -131,6 +122,19 @@ class Head:
         """x (rows, ..) with 0 past the count, in place."""
         past = torch.arange(self.rows, device=x.device) >= self.count
         return x.masked_fill_(past[:, None], 0)
+
+
+def parts(begin: int, end: int, part: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of each part of the vocabulary from begin to end."""
+    for first in range(begin, end, part):
+        yield first, min(first + part, end)
+
+
+def dot_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the products multiply: the tensors' type, if it is the same."""
+    if hidden.dtype != weight.dtype or (hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"):
+        return compute_dtype(hidden.dtype)  # Triton's interpreter multiplies bfloat16 as integers, and truncates to it
+    return hidden.dtype
 
 
 def fitting_blocks(dtype: torch.dtype, rows: int, width: int) -> Blocks:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 import triton
 import triton.language as tl
-from fastalign.kernels._elementary import exp
 from fastalign.kernels._head import in_groups
 from fastalign.kernels._softmax import compute_type
 from torch import Tensor
@@ -31,10 +30,10 @@ WHOLE_SUMS = {
 ADDS_IN_PLACE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)  # float32 += bfloat16 @ bfloat16
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "row_blocks", "list_row", "group", "tops_row"])
+@triton.jit(do_not_specialize=["rows", "inner", "row_blocks", "list_row", "group"])
 def product_tiles(
-    out, a, b, b_index, limit, blocks, counts, tops, top, rescale, unscale,
-    rows, columns, inner, row_blocks, list_row, group, tops_row, out_row, a_row, a_step, b_row, b_step,
+    out, a, b, b_index, limit, blocks, counts, rescale, unscale,
+    rows, columns, inner, row_blocks, list_row, group, out_row, a_row, a_step, b_row, b_step,
     ADD: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
@@ -51,16 +50,11 @@ def product_tiles(
         return
     stop = tl.minimum(tl.load(limit), inner) if limit is not None else inner
     m_read = tl.minimum(m, rows - 1)
-    if tops is not None:
-        now = tl.load(top + m_read)
     acc = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     for step in range(0, steps):
         listed = tl.load(blocks + row_block * list_row + step // (LISTED // BLOCK_K)).to(tl.int64)
         k = listed * LISTED + step % (LISTED // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(a + m[:, None] * a_row + k[None, :] * a_step)
-        if tops is not None:
-            drop = tl.load(tops + listed * tops_row + m_read) - now
-            x = x.to(COMPUTE) * exp(drop)[:, None]
         at = tl.minimum(k, stop - 1)
         if b_index is not None:
             at = tl.load(b_index + at)
@@ -109,23 +103,21 @@ def product(
     b_index: Tensor | None = None,
     limit: Tensor | None = None,
     unscale: Tensor | None = None,
-    states: tuple[Tensor, Tensor, Tensor] | None = None,
+    rescale: Tensor | None = None,
 ) -> None:
     """out [+]= a @ b, of shape (rows, inner, columns), leaving out the blocks of `inner` that are not listed.
 
     sizes: of a row block and of a listed block. b_index: where the rows of b lie. limit: a count in memory that ends
-    `inner`. states: (tops (block, row), top (row,), rescale (row,)) of an online softmax: a's blocks are relative to
-    `tops` and become relative to `top`, what was summed before is rescaled.
+    `inner`. rescale (row,): by what `out` is multiplied before.
     """
     rows, inner, columns = shape
-    tops, top, rescale = (None, None, None) if states is None else states
     row_blocks = triton.cdiv(rows, sizes[0])
     block_n = min(blocks.columns, max(16, triton.next_power_of_2(columns)))
     block_k = min(blocks.width, sizes[1])
     index, counts = listed
     product_tiles[(row_blocks * triton.cdiv(columns, block_n),)](
-        out, a, b, b_index, limit, index, counts, tops, top, rescale if add else None, unscale,
-        rows, columns, inner, row_blocks, index.stride(0), 8, 0 if tops is None else tops.stride(0), out.stride(0),
+        out, a, b, b_index, limit, index, counts, rescale if add else None, unscale,
+        rows, columns, inner, row_blocks, index.stride(0), 8, out.stride(0),
         *a.stride(), *b.stride(),
         ADD=add, DOT=TYPES[dot], COMPUTE=compute_type(dot), EVEN=columns % block_n == 0,
         BLOCK_M=sizes[0], BLOCK_N=block_n, BLOCK_K=block_k, LISTED=sizes[1],
@@ -168,9 +160,14 @@ def library_product(out: Tensor, a: Tensor, b: Tensor, unscale: Tensor | None) -
     if a.dtype == out.dtype and unscale is None and (a.device.type != "cpu" or out.dtype.itemsize > 2):
         torch.mm(a, b, out=out)
         return
+    found = library_wide(a, b)
+    out.copy_(found if unscale is None else found.mul_(unscale))
+
+
+@whole_sums()
+def library_wide(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64)."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     if a.dtype == wide or a.device.type == "cpu":
-        found = a.to(wide) @ b.to(wide)
-    else:
-        found = torch.mm(a, b, out_dtype=wide)
-    out.copy_(found if unscale is None else found.mul_(unscale))
+        return a.to(wide) @ b.to(wide)
+    return torch.mm(a, b, out_dtype=wide)

@@ -141,6 +141,18 @@ def log_sum_sq_probs_of(total, squares):
 
 
 @triton.jit
+def probability_gradient(p, d, hit, grad, grad_entropy, total, entropy, ENTROPY: tl.constexpr):
+    """The gradient with respect to z, of p = exp(d) / total.
+
+    d log p_l / dz = 1[l] - p;  dH / dz = -p (log p + H).
+    """
+    found = grad * (tl.where(hit, 1, 0) - p)
+    if ENTROPY:
+        found -= grad_entropy * p * (not_too_low(d) - tl.log(total) + entropy)
+    return found
+
+
+@triton.jit
 def logit_gradient(
     x,
     hit,
@@ -157,15 +169,12 @@ def logit_gradient(
 ):
     """The gradient with respect to x, the logit before its transform; hit: x is the label's.
 
-    d log p_l / dz = 1[l] - p;  dH / dz = -p (log p + H);  times dz/dx = (1 - tanh²) slope. 0 in a row that is all -inf.
+    That of z times dz/dx = (1 - tanh²) slope. 0 in a row that is all -inf.
     """
     if SOFTCAP:
         x = tanh(x * to_cap)
     d = x * to_z - largest
-    p = exp(d) * (1 / total)
-    found = grad * (tl.where(hit, 1, 0) - p)
-    if ENTROPY:
-        found -= grad_entropy * p * (not_too_low(d) - tl.log(total) + entropy)
+    found = probability_gradient(exp(d) * (1 / total), d, hit, grad, grad_entropy, total, entropy, ENTROPY)
     if SOFTCAP:
         found *= 1 - x * x
     return tl.where(total == 0, 0, found * slope)

@@ -3,6 +3,8 @@
 Forward: one product. Tiles of logits live in registers and shared memory; each row block reads the weight once, and
 three numbers a row and split of the vocabulary are written.
 
+With a budget tiles are kept (_kept.py): the library makes their logits, and the backward pass only reads them.
+
 Backward: three products, a part of the vocabulary at a time. A kernel makes the part's logits again and writes their
 gradient into a workspace, of the narrow type where hidden and weight both are narrow, else float32; the vendor's
 library multiplies it with the weight, into a float32 gradient of hidden, and with hidden, into the part's rows of the
@@ -20,8 +22,9 @@ from __future__ import annotations
 
 import torch
 import triton
-from fastalign.kernels import _head
-from fastalign.kernels._head_layout import Head, adapter_fits, entropy_fits, plain
+from fastalign.kernels import _head, _kept
+from fastalign.kernels._head_layout import Head, adapter_fits, entropy_fits, parts, plain
+from fastalign.kernels._kept import Kept, kept_in, kept_size
 from fastalign.kernels._products import alive_lists, library_add, library_product, product
 from fastalign.kernels._softmax import compute_type
 from torch import Tensor
@@ -32,7 +35,6 @@ from fastalign._base.dtypes import compute_dtype
 SPLIT = 16  # vocabulary blocks of one program, at most: long enough to hide its start, short enough to end together
 PROGRAMS = 1024  # that many at least, as far as there are blocks
 FP16_EXPONENT = 10  # gradients in float16 are scaled so that the largest lies below 2^10: an entropy's may be 2^5 more
-EXPS_SCALE = {torch.float16: 2.0**15}  # exp(z - m) is at most 1: up to float16's largest
 
 
 @plain
@@ -52,8 +54,9 @@ def forward(
     unit,
     memory_budget,
 ):
-    """The op's forward pass; keeps no tiles. A label out of range gives NaN."""
-    found = empty.linear_token_logprobs(hidden, labels, statistics=statistics, unit=unit)
+    """The op's forward pass. A label out of range gives NaN."""
+    size = kept_size(hidden, weight, labels, softcap, memory_budget)
+    found = empty.linear_token_logprobs(hidden, labels, statistics=statistics, unit=unit, kept=size)
     if labels.numel() == 0:
         return found
     head = Head(
@@ -67,18 +70,28 @@ def forward(
         head.use_tall()
     results = (*found[:3], *(found[3:7] if statistics else [None] * 4))
     if unit:
-        partial = _unit_gradient(head, found[8], statistics)
+        partial = _unit_gradient(head, found[8], statistics)  # a frozen head is given no budget
     else:
-        blocks = triton.cdiv(head.vocab, head.blocks.columns)
-        each = min(max(blocks * head.row_blocks // PROGRAMS, 1), SPLIT)
-        splits = triton.cdiv(blocks, each)
-        partial = hidden.new_empty((_kinds(statistics), splits, head.rows), dtype=head.compute)
-        _head.forward_tiles[(head.row_blocks * splits,)](
-            partial, None, slots=splits, slot=0, first=0, last=head.vocab, blocks=each, splits=splits, exps_row=0,
-            exps_scale=1.0, STATISTICS=statistics, **head.arguments(),
-        )  # fmt: skip
+        partial = _states(head, kept_in(found[7], head.dot, head.rows), statistics)
     _merge(head, results, None, partial, 1 if unit else partial.shape[1], statistics)
     return found
+
+
+def _states(head: Head, kept: Kept | None, statistics: int) -> Tensor:
+    """The state of each row over each split of the vocabulary; fills `kept`, of which each block is one."""
+    first, end = (0, 0) if kept is None else (len(kept.tops), min(kept.columns, head.vocab))
+    blocks = triton.cdiv(head.vocab - end, head.blocks.columns)
+    each = min(max(blocks * head.row_blocks // PROGRAMS, 1), SPLIT)
+    splits = triton.cdiv(blocks, each)
+    partial = head.weight.new_empty((_kinds(statistics), first + splits, head.rows), dtype=head.compute)
+    if kept is not None:
+        _kept.keep(kept, head, partial, statistics)
+    if splits:
+        _head.forward_tiles[(head.row_blocks * splits,)](
+            partial, None, slots=first + splits, slot=first, first=end, last=head.vocab, blocks=each, splits=splits,
+            exps_row=0, exps_scale=1.0, STATISTICS=statistics, **head.arguments(),
+        )  # fmt: skip
+    return partial
 
 
 def _kinds(statistics: int) -> int:
@@ -96,25 +109,30 @@ def _merge(head, results, rescale, partial, used, statistics) -> None:
 
 def _unit_gradient(head: Head, unit: Tensor, statistics: int) -> Tensor:
     """Fills `unit`; returns the state of each row, in slot 0 of what it returns."""
-    new, part = head.weight.new_empty, head.part()
+    new, part = head.weight.new_empty, head.part(head.blocks.columns, head.dot)
     slots = 1 + part // head.blocks.columns
     partial = new((_kinds(statistics), slots, head.rows), dtype=head.compute)
     partial[:, 0] = 0
     partial[0, 0] = torch.finfo(head.compute).min
     if statistics == empty.ALL:
         partial[-1, 0] = float("-inf")
-    exps, rescale = head.workspace(), new(head.rows, dtype=head.compute)
-    scale = EXPS_SCALE.get(head.dot, 1.0)
+    exps, rescale = head.workspace(part), new(head.rows, dtype=head.compute)
+    scale = _kept.SCALE.get(head.dot, 1.0)
     total = new((head.rows, head.width), dtype=head.compute)
     low = None if head.b is None else new((head.rows, head.b.shape[1]), dtype=head.compute)
     starts = torch.arange(0, head.row_blocks * head.blocks.rows, head.blocks.rows, device=unit.device)
     every = torch.arange(slots - 1, device=unit.device, dtype=torch.int32).expand(head.row_blocks, -1)
-    for first, last, blocks in head.parts():
+    for first, last in parts(0, head.vocab, part):
+        blocks = triton.cdiv(last - first, head.blocks.columns)
         _head.forward_tiles[(head.row_blocks * blocks,)](
             partial, exps, slots=slots, slot=1, first=first, last=last, blocks=1, splits=blocks, exps_row=part,
             exps_scale=scale, STATISTICS=statistics, **head.arguments(),
         )  # fmt: skip
         _merge(head, [None] * 7, rescale, partial, 1 + blocks, statistics)
+        _head.join_exps[(triton.cdiv(head.rows, 32), blocks)](
+            exps, partial[0, 1:], partial[0, 0], head.count, head.rows, part,
+            BLOCK_M=32, BLOCK_N=head.blocks.columns, enable_fp_fusion=True, num_warps=4,
+        )  # fmt: skip
         for out, of in ((total, head.weight), (low, head.b)):
             if out is not None:
                 product(
@@ -127,7 +145,7 @@ def _unit_gradient(head: Head, unit: Tensor, statistics: int) -> Tensor:
                     dot=head.dot,
                     blocks=head.blocks,
                     sizes=head.blocks[:2],
-                    states=(partial[0, 1:], partial[0, 0], rescale),
+                    rescale=rescale,
                 )
     largest, sums, label_z = partial[:3, 0]
     if low is not None:  # the adapter's share of both terms goes into `total`
@@ -179,7 +197,9 @@ def backward(
         head.use_narrow()
     elif not has_entropy and not own:
         head.use_tall()
-    grads = _Gradients(head, given, has_entropy, 0.0 if frozen else grad_filter, own).make(needs)
+    tiles = kept_in(kept, head.dot, head.rows)
+    before = (labels.reshape(-1) != ignore_index).cumsum(0) - 1  # in the forward pass's order
+    grads = _Gradients(head, given, has_entropy, 0.0 if frozen else grad_filter, own, tiles, before).make(needs)
     if needs[0]:
         by_label = torch.empty_like(grads[0]).index_copy_(0, head.position, grads[0]).view(hidden.shape)
         grads[0] = by_label if by_unit is None else by_label.add_(by_unit)
@@ -190,9 +210,10 @@ def backward(
 class _Gradients:
     """Of the scored rows of hidden, in order of `position`, and of weight, bias, A and B."""
 
-    def __init__(self, head: Head, given: Tensor, has_entropy: bool, grad_filter: float, own: bool):
+    def __init__(self, head, given, has_entropy: bool, grad_filter: float, own: bool, kept: Kept | None, kept_row):
         self.head, self.given, self.has_entropy, self.grad_filter = head, given, has_entropy, grad_filter
-        self.own = own
+        self.own, self.kept = own, kept
+        self.kept_row = None if kept is None else kept_row[head.position]
         self.unscale = None
         if head.dot == torch.float16:
             largest = given[:2].abs().sum(0).amax().nan_to_num() * head.slope
@@ -211,9 +232,16 @@ class _Gradients:
         b = new((head.vocab, rank), dtype=head.compute) if to_b else None
         rows = head.scored_rows() if to_a or (to_weight and not self.own) else None
         low_rows = head.past_zero(head.low.index_select(0, head.position)) if to_b else None
-        tile = head.workspace().zero_()
-        for first, last, blocks in head.parts():
-            alive = self._tiles(tile, first, last, blocks)
+        kept, end, width = self.kept, 0, head.part(head.blocks.columns, head.dot)
+        if kept is not None:
+            end, width = min(kept.columns, head.vocab), head.part(_kept.STEP, head.dot)
+        tile = head.workspace(width).zero_()
+        for first, last in (*parts(0, end, width), *parts(end, head.vocab, width)):
+            if kept is not None and first < end:
+                alive = None
+                _kept.gradient(kept, head, tile, self.given, self.kept_row, first, last, self.has_entropy)
+            else:
+                alive = self._tiles(tile, first, last)
             part = tile[: head.rows, : last - first]
             for total, of in ((hidden, head.weight), (low, head.b)):
                 if total is not None:
@@ -235,9 +263,10 @@ class _Gradients:
         a = low.t() @ rows.to(low.dtype) if to_a else None
         return [hidden, weight, bias, a, b]
 
-    def _tiles(self, tile: Tensor, first: int, last: int, blocks: int) -> Tensor | None:
+    def _tiles(self, tile: Tensor, first: int, last: int) -> Tensor | None:
         """Fills the workspace; marks (row block, block) what holds anything, for our own products."""
         head = self.head
+        blocks = triton.cdiv(last - first, head.blocks.columns)
         alive = tile.new_zeros((head.row_blocks, blocks), dtype=torch.int32) if self.own else None
         _head.gradient_tiles[(head.row_blocks * blocks,)](
             tile, alive, self.given, first=first, last=last, blocks=blocks, tile_row=tile.stride(0),

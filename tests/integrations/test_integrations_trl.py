@@ -208,6 +208,18 @@ def test_only_labelled_positions_are_projected(installed, monkeypatch):
     assert seen == [10]
 
 
+def test_on_a_gpu_the_head_runs_where_it_takes_three_products():
+    pytest.importorskip("triton")
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+    hidden, weight, targets = make(1000, 64), make(5000, 64).requires_grad_(), make(1000, dtype=torch.int64)
+    assert 0 < adapter.tile_bytes(hidden, weight, targets, None) - 1000 * 5000 * 2 < 500_000
+    assert adapter.tile_bytes(hidden, weight, targets, 30.0) == 0
+    assert adapter.tile_bytes(hidden, weight.detach(), targets, None) == 0
+    assert adapter.tile_bytes(hidden.float(), weight, targets, None) == 0
+    with pytest.raises(UserError, match="memory_budget must be a number of bytes"):
+        adapter.install(memory_budget=-1)
+
+
 def test_selective_log_softmax(installed):
     torch.manual_seed(0)
     logits, index = torch.randn(3, 5, 50), torch.randint(0, 50, (3, 5))

@@ -17,6 +17,7 @@ from fastalign.ops.token_logprobs import OUTPUTS
 head = sys.modules["fastalign.ops.linear_cpu"]
 gpu_head = pytest.importorskip("fastalign.kernels.linear_token_logprobs")
 layout = pytest.importorskip("fastalign.kernels._head_layout")
+kept_tiles = pytest.importorskip("fastalign.kernels._kept")
 NEG_INF = float("-inf")
 SHAPES = [((8,), 64, 1024), ((5,), 33, 1023), ((2, 7), 17, 301), ((3,), 5, 1), ((), 4, 9), ((1,), 1, 2)]
 OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 0.3}, {"softcap": 5.0, "temperature": 1.3, "logit_scale": 2.0}]
@@ -31,6 +32,8 @@ def small_tiles(monkeypatch):
     smallest = layout.Blocks(rows=16, columns=64, width=32, warps=1, stages=1)
     monkeypatch.setattr(layout, "BLOCKS", dict.fromkeys(layout.BLOCKS, smallest))
     monkeypatch.setattr(layout, "WORKSPACE", 6 << 10)
+    monkeypatch.setattr(layout, "WORKSPACE_WIDTH", 1)
+    monkeypatch.setattr(kept_tiles, "STEP", 64)
     monkeypatch.setattr(gpu_head, "SPLIT", 2)
 
 
@@ -89,6 +92,71 @@ def test_frozen_head_makes_its_gradient_going_forward(each_backend, small_tiles,
     for result in (truth, theirs, ours):
         (result.double() * weights).sum().backward()
     assert_as_good_as_torch(c.grad, b.grad, a.grad, HAIR[dtype], "hidden")
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy")], ids=len)
+@pytest.mark.parametrize("dtype", HAIR, ids=str)
+@pytest.mark.parametrize("budget", [0, 9000, 1 << 20])  # no tile, some, all
+def test_kept_tiles_give_the_same_gradients(each_backend, small_tiles, budget, dtype, outputs):
+    """Among them rows without a gradient, confident ones, and a second backward pass."""
+    hidden, weight, bias, labels = problem(((2, 8), 17, 301), dtype, 3.0)
+    labels.view(-1)[3:8] = torch.tensor([7, 7, 300, -100, 12])
+    hidden[1] *= 2
+    weights = torch.randn(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights[0, 4] = weights[1, 2] = 0
+    a, b, c = (
+        leaves(hidden, weight, bias, dtype=torch.float64),
+        leaves(hidden, weight, bias),
+        leaves(hidden, weight, bias),
+    )
+    truth, theirs = plain(*a, labels), plain(*b, labels)
+    ours = linear_token_logprobs(c[0], c[1], labels, bias=c[2], memory_budget=budget, outputs=outputs)
+    ours = {"log_probs": ours} if len(outputs) == 1 else ours._asdict()
+    if each_backend != "reference" and len(outputs) == 1:
+        arguments = (hidden, weight, bias, None, None, labels, 1.0, 1.0, 0.0, 1.0, -100, 0, False, budget)
+        torch.library.opcheck(forward_op, arguments, test_utils="test_faketensor")
+    for result in (truth, theirs, ours):
+        total = (result["log_probs"].double() * weights).sum()
+        if len(outputs) == 2:
+            total = total + 0.3 * (result["entropy"].double() * weights).sum()
+        total.backward(retain_graph=True)
+        total.backward()
+    for name, x, y, z in zip(("hidden", "weight", "bias"), c, b, a, strict=True):
+        assert_as_good_as_torch(x.grad, y.grad, z.grad, 2 * HAIR[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_rounded_tiles(dtype):
+    """Of narrow exponentials, as a GPU keeps them: no further off than one more rounding, with p near 1 too."""
+    torch.manual_seed(0)
+    z = torch.randn(32, 128, dtype=torch.float64) * 4
+    z[:8, 5] = z[:8].amax(-1) + torch.linspace(0.5, 12, 8, dtype=torch.float64)  # ever more confident
+    labels = torch.randint(0, 128, (32,))
+    labels[:4] = 5
+    x = z.clone().requires_grad_()
+    result = reference.token_logprobs(x, labels)
+    grad, grad_entropy = torch.randn(2, 32, dtype=torch.float64)
+    (result["log_probs"] @ grad + result["entropy"] @ grad_entropy).backward()
+    largest, total = z.amax(-1), (z - z.amax(-1, keepdim=True)).exp().sum(-1)
+    tops = torch.stack([z[:, :64].amax(-1), z[:, 64:].amax(-1)])
+    exps = (z - tops.T.repeat_interleave(64, 1)).exp() * kept_tiles.SCALE.get(dtype, 1.0)
+    given = torch.stack([grad, grad_entropy, largest, total, result["entropy"].detach()]).float()
+    tile, rows = torch.empty(32, 128, dtype=torch.float32), torch.arange(32)
+    kept_tiles.gradient_of_kept[(2, 2)](
+        tile, given, exps.to(dtype), tops.float(), rows, labels, rows, torch.tensor(32), 32, 0, 128, 128,
+        kept_tiles.SCALE.get(dtype, 1.0), 1.0, ENTROPY=True, COMPUTE=kept_tiles.tl.float32, BLOCK_M=16, BLOCK_N=64,
+    )  # fmt: skip
+    off = (tile - x.grad).norm(dim=1) / x.grad.norm(dim=1)
+    assert off.max() < 2 * torch.finfo(dtype).eps
+
+
+def test_what_a_gpu_keeps_is_within_the_budget():
+    hidden, weight = (torch.empty(*shape, device="meta", dtype=torch.bfloat16) for shape in ((1000, 64), (5000, 64)))
+    labels = torch.empty(1000, device="meta", dtype=torch.int64)
+    size = lambda budget, softcap=0.0: 4 * kept_tiles.kept_size(hidden, weight, labels, softcap, budget)  # noqa: E731
+    whole = 1000 * 10 * (512 * 2 + 4)  # ten blocks of 512 bfloat16 numbers, and a number for each
+    assert size(1 << 40) == size(whole) == whole and size(whole - 1) == 0.9 * whole
+    assert size(0) == size(1000) == size(1 << 40, softcap=5.0) == 0
 
 
 @pytest.mark.slow_matrix
@@ -465,10 +533,11 @@ def test_grad_filter_drops_what_is_small(each_backend, monkeypatch):
     group=st.integers(1, 3),
     split=st.integers(1, 3),
     frozen=st.booleans(),
+    budget=st.sampled_from([0, 2000, 1 << 20]),
 )
 @settings(max_examples=8)
 def test_any_grid_of_triton_blocks(
-    tokens, width, vocab, seed, scale, ignored, columns, workspace, group, split, frozen
+    tokens, width, vocab, seed, scale, ignored, columns, workspace, group, split, frozen, budget
 ):
     hidden, weight, bias, labels = problem(((tokens,), width, vocab), scale=scale, seed=seed)
     labels[torch.rand(tokens) < ignored] = -100
@@ -476,13 +545,16 @@ def test_any_grid_of_triton_blocks(
     with pytest.MonkeyPatch.context() as patch, fastalign.use_backend("triton"):
         blocks = layout.Blocks(16, columns, 16, 1, 1)
         patch.setattr(layout, "BLOCKS", {torch.float32: blocks})
-        for name, value in (("WORKSPACE", workspace), ("GROUP_BYTES", group * 16 * width * 4)):
+        sizes = {"WORKSPACE": workspace, "WORKSPACE_WIDTH": 1, "GROUP_BYTES": group * 16 * width * 4}
+        for name, value in sizes.items():
             patch.setattr(layout, name, value)
+        patch.setattr(kept_tiles, "STEP", columns)
         for name, value in (("SPLIT", split), ("PROGRAMS", 1)):
             patch.setattr(gpu_head, name, value)
         if frozen:
             b = [b[0], b[1].detach(), b[2].detach()]
-        ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], outputs=("log_probs", "entropy"))
+        options = {"outputs": ("log_probs", "entropy"), "memory_budget": budget}
+        ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], **options)
         (ours.log_probs.sum() + 0.1 * ours.entropy[::2].sum()).backward()
     truth = plain(*a, labels)
     (truth["log_probs"].sum() + 0.1 * truth["entropy"][::2].sum()).backward()
