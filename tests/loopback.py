@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -77,6 +78,9 @@ class LoopbackServer:
     def __exit__(self, *error):
         self._server.shutdown()
         self._server.server_close()
+        deadline = time.monotonic() + 2
+        while self._now and time.monotonic() < deadline:  # a thread inside torch when the process exits aborts it
+            time.sleep(0.01)
 
     def complete(self, path, body):
         raise NotImplementedError

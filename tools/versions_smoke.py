@@ -72,8 +72,8 @@ def install(folder: Path) -> None:
             )
             moved(trainer, model)
             losses.append(trainer.state.log_history[0]["loss"])
-        except RuntimeError as error:
-            if ours or "0 active drivers" not in str(error):
+        except (RuntimeError, AttributeError) as error:  # TRL 1.15's kernel without a GPU, or without Triton
+            if ours or not ("0 active drivers" in str(error) or "no attribute 'apply'" in str(error)):
                 raise
         finally:
             uninstall()

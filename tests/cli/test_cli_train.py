@@ -482,6 +482,7 @@ def adapter(model, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("lora", [[], ["--lora-r", 2]], ids=["whole", "lora"])
 @pytest.mark.parametrize("kind", ["dpo", "ppo", "grpo", "distill"])
 def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, drawn, tmp_path):

@@ -114,6 +114,7 @@ def inputs_of(name):
     return [word for word in COMMANDS[name][0] if isinstance(word, str) and Path(word).exists()]
 
 
+@pytest.mark.slow_matrix
 @every_command
 @pytest.mark.parametrize("by", ["name", "link", "hard link", "link to its folder"])
 def test_an_input_is_never_the_output(name, by, work):
@@ -138,6 +139,7 @@ def test_an_input_is_never_the_output(name, by, work):
         assert contents(work) == before
 
 
+@pytest.mark.slow_matrix
 @every_command
 @pytest.mark.parametrize(
     ("kind", "message"), [("folder", "this is a folder"), ("FIFO", "this is a FIFO"), ("", "no such")]
@@ -170,6 +172,7 @@ def test_a_folder_among_whose_files_an_input_is_is_never_the_output(name, work):
     assert contents(work) == before
 
 
+@pytest.mark.slow_matrix
 @every_command
 def test_what_is_there_stays_without_overwrite(name, work, monkeypatch):
     inner = COMMANDS[name][2]
@@ -195,6 +198,7 @@ def test_what_is_there_stays_without_overwrite(name, work, monkeypatch):
         assert (out / inner).is_file() and "precious" not in (out / inner).read_text(errors="replace")
 
 
+@pytest.mark.slow_matrix
 @every_command
 def test_the_same_again_is_taken_as_it_is_and_other_settings_are_refused(name, work, monkeypatch):
     other, inner = COMMANDS[name][1:]
@@ -243,6 +247,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(name, work):
     assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["real"]
 
 
+@pytest.mark.slow_matrix
 @every_command
 def test_what_can_be_no_output(name, work):
     os.mkfifo("pipe")
@@ -281,6 +286,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(name, work, monkeypatch
     assert fastalign(*argued(name, "--out", "out"))[0] == 0
 
 
+@pytest.mark.slow_matrix
 @every_command
 def test_a_folder_that_may_not_be_written(name, work, monkeypatch):
     """Told before a model is loaded."""
@@ -385,6 +391,7 @@ def test_a_job_is_its_settings_and_the_content_of_its_inputs(work):
         outputs.claim("moved.txt", outputs.Job("x", {"a": "moved.txt"}), overwrite=True)
 
 
+@pytest.mark.slow_matrix
 @every_command
 def test_what_is_printed_as_json(name, work):
     code, out, err = fastalign(*argued(name, "--out", "out", "--json"))

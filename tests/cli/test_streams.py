@@ -7,20 +7,21 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from turns import by_the_day
 
 import fastalign.__main__ as entry
 
 INFO = [sys.executable, "-m", "fastalign", "info", "--json"]
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", by_the_day([">&-", "2>&-", "<&- >&- 2>&-"], 3))
 def test_streams_that_are_closed(closed, tmp_path):
     result = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *INFO], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     assert ">&-" in closed.split() or json.loads(result.stdout)["fastalign"]
 
 
-@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("more", by_the_day([[], ["--json"]], 2))
 def test_who_reads_stdout_may_stop(more):
     reading, writing = os.pipe()
     os.close(reading)
@@ -47,11 +48,14 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("variable", "rule"),
-    [
-        ("FASTALIGN_BACKEND", "must be one of auto, cpu, triton, reference"),
-        ("FASTALIGN_PRODUCTS", "must be auto, torch or onednn"),
-        ("FASTALIGN_ISA", "must be"),
-    ],
+    by_the_day(
+        [
+            ("FASTALIGN_BACKEND", "must be one of auto, cpu, triton, reference"),
+            ("FASTALIGN_PRODUCTS", "must be auto, torch or onednn"),
+            ("FASTALIGN_ISA", "must be"),
+        ],
+        3,
+    ),
 )
 def test_a_variable_that_means_nothing_is_one_line(variable, rule):
     result = subprocess.run(INFO, capture_output=True, text=True, env=os.environ | {variable: "nonsense"})

@@ -22,6 +22,7 @@ def sampler():
     return Sampler(tiny_causal_lm(tokenizer), tokenizer)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.filterwarnings("ignore:at λ")
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("method", ["resample", "best"])

@@ -101,6 +101,7 @@ def test_seed_reproduces_exactly(llama):
     assert len(set(flat)) == len(flat)  # each candidate has a stream of its own
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_batching_changes_no_token(sampler, batch_size):
     whole = sampler.sample(PROMPTS, batch_size=64, **SHORT)
@@ -120,6 +121,7 @@ def test_draw_gives_what_sample_gives(sampler):
     assert ids == drawn.token_ids and log_probs == drawn.logprobs
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.6, 0), (1.7, 5)])
 def test_log_probs_are_those_of_an_unpadded_forward(sampler, temperature, top_k):
     drawn = sampler.sample(PROMPTS, temperature=temperature, top_k=top_k, **SHORT)

@@ -50,6 +50,7 @@ def by_engine(model, rows, counts=None, temperature=1.0):
     return {job: (loop.ids[job], loop.log_probs[job]) for job in loop.ids}, seen
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
 @torch.no_grad()
 def test_the_same_tokens_as_a_plain_loop(name):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import fastalign, refused
 from tiny import tiny_folder
+from turns import by_the_day
 
 from fastalign import UserError
 from fastalign.decode import Candidates, estimate
@@ -201,7 +202,7 @@ def test_more_budget_goes_on_with_what_too_little_left(place, tmp_path):
 
 
 def test_a_killed_job_goes_on(place, tmp_path):
-    """Killed at each of its stages; the same command ends with what an uninterrupted one has."""
+    """Killed at a stage, another each day; the same command ends with what an uninterrupted one has."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = job(place, whole, "diversity>=base+0.2sd")
     assert fastalign(*command)[0] == 0
@@ -215,7 +216,7 @@ def test_a_killed_job_goes_on(place, tmp_path):
         "main()\n"
     )
     command[command.index(whole)] = out
-    for stage in ("score", "solve_palette", "select"):
+    for stage in by_the_day(("score", "solve_palette", "select"), 3):
         done = subprocess.run([sys.executable, "-c", kill, stage, *map(str, command)], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (out / "align.json").exists()
@@ -312,6 +313,7 @@ def test_verdicts(op, asked, realised, se, verdict):
     assert proof.judge(op, asked, realised, se, 1.0) == verdict
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("how", ["distill", "dpo", "grpo", "ppo"])
 def test_a_model_is_trained_and_proved(place, tmp_path, how):
     out = tmp_path / "out"

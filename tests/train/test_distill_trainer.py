@@ -54,6 +54,7 @@ def plain_loss(model, row):
     return loss
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("share", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2", "opt"])
 def test_one_step_equals_a_plain_float64_reference(kind, share, tmp_path):

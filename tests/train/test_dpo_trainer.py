@@ -63,6 +63,7 @@ def logs(trained):
     return [row for row in trained.state.log_history if "loss" in row]
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(
     "options",
     [
@@ -194,6 +195,7 @@ def swapped(folder):
     return model
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(
     "one, other",
     [

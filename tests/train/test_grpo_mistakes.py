@@ -169,6 +169,7 @@ def result(**changes):
     return rollout
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(
     ("rollout_func", "says"),
     [

@@ -44,7 +44,7 @@ def plain_loss(model, rollouts):
     return loss
 
 
-@pytest.mark.parametrize("name", by_the_day([name for name in model_types() if name not in LEFT_OUT], 12))
+@pytest.mark.parametrize("name", by_the_day([name for name in model_types() if name not in LEFT_OUT], 24))
 def test_its_gradient_is_the_plain_ones(name, tmp_path):
     try:
         model, plain = build(name), build(name)

@@ -25,6 +25,7 @@ def losses(run):
     return [row["loss"] for row in logs(run)]
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(
     "options",
     [

@@ -27,6 +27,7 @@ def timed(name):
     return any(word in name for word in ("time", "second"))
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(
     "options",
     [
@@ -172,6 +173,7 @@ def test_padded_rows_and_evaluation_give_the_same(folder, tmp_path):
         assert evaluated[name] == pytest.approx(again[name], abs=1e-4)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("how", ["grpo", "batch", "dr_grpo", "rloo", "gdpo", "rank"])
 def test_one_update_equals_a_plain_float64_reference(folder, tmp_path, how):
     seen = {}
