@@ -44,6 +44,7 @@ def random_rewards(*shape, unscored=0.0, seed=0, **options):
     return rewards.masked_fill(torch.rand(*shape, generator=draw) < unscored, NAN)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("how", HOWS)
 @given(data=st.data())
 def test_equals_the_loops(how, data):
@@ -145,6 +146,7 @@ def test_one_value_scaled_by_its_weight(how):
     torch.testing.assert_close(twice, factor * once, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("how", HOWS)
 def test_compiles(how):
     rewards = random_rewards(3, 5, 2, unscored=0.2)

@@ -19,6 +19,7 @@ def batch():
     return ids, mask, labels
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_models_own_logits_and_gradients(name):
     model = build(name)

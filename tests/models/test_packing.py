@@ -52,6 +52,7 @@ def batch(side="right"):
     return padded(pairs()[0], side)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("rows_of", [pairs, completions])
 @pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
 def test_log_probs_and_gradients_equal_those_of_each_row_alone(name, rows_of):

@@ -246,7 +246,7 @@ def test_a_gradient_of_nothing_is_differentiated_again():
     assert grad == 0
 
 
-@pytest.mark.parametrize("name", by_the_day(TRACED, 6))
+@pytest.mark.parametrize("name", by_the_day(TRACED, 12))
 def test_traces_at_any_number(name):
     """What is plain torch is traced by dynamo alone, which takes a third of the time."""
     f, tensors = ALL[name]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import HAIR, assert_as_good_as_torch
 from torch.utils.checkpoint import checkpoint
+from turns import by_the_day
 
 import fastalign
 from fastalign import UserError, empty, reference
@@ -59,6 +60,7 @@ def plain(hidden, weight, bias, labels, temperature=1.0, softcap=None, logit_sca
     return reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", HAIR, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
@@ -199,7 +201,7 @@ def test_kept_tiles_spare_the_products(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("provider", ["torch", "onednn"])
+@pytest.mark.parametrize("provider", by_the_day(["torch", "onednn"], 2))
 def test_memory_beyond_the_gradients_is_bounded(provider, monkeypatch):
     monkeypatch.setenv("FASTALIGN_PRODUCTS", provider)
 

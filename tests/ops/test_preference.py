@@ -667,6 +667,7 @@ def test_a_mistake_is_named_under_compile():
         loss(*torch.zeros(4, 2))
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("name", ["cpo", "alphapo", "simpo", "orpo", "kto", "wpo"])
 def test_the_others_compile_whole_and_under_func_grad(name):
     log_probs, mask, ref = random_pairs(torch.float32)

@@ -19,6 +19,7 @@ TOL = 1e-9
 COUNT = int(os.environ.get("FASTALIGN_PALETTE_PROBLEMS", "100"))
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("first", range(0, COUNT, 50))
 @pytest.mark.parametrize("problem", [random_problem, random_problem_of_prompts])

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from commands import fastalign, refused
+from turns import by_the_day
 
 from fastalign._base.errors import UserError
 from fastalign.decode import Candidates, best_of_n_kl, estimate
@@ -93,6 +94,7 @@ def test_what_lies_within_what():
         assert within.any() and (unit @ result.region.policies.levels[within].T <= most[:, None] + 1e-9).all()
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(
     ("shape", "joint"),
     [
@@ -146,7 +148,7 @@ def test_of_many_merged_models_those_furthest_out_are_named():
     assert sorted(lines) == sorted({f"s{k}" for k in (*levels.argmin(axis=0), *levels.argmax(axis=0))})
 
 
-@pytest.mark.parametrize("values", ["brief,kind", "kind", "funny,kind,brief"])
+@pytest.mark.parametrize("values", by_the_day(["brief,kind", "kind", "funny,kind,brief"], 3))
 def test_a_palette_of_more_values_is_marked_by_those_named(scored, tmp_path, values):
     mark = tmp_path / "three.json"
     assert fastalign("map", scored, "--palette", "kind=0.1,brief=0.2,funny=0", "--out", mark)[0] == 0

@@ -149,6 +149,7 @@ def test_a_verdict_goes_by_what_was_asked(tmp_path, sense, above, verdict, shown
     assert shown is None or shown in page(result, tmp_path)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("free", [[True, False, False], [False, True, True], [True] * 3, [True]])
 def test_what_nothing_is_asked_of_has_no_line_at_its_level(tmp_path, free):
     result, _ = make(m=len(free), edit=lambda arguments: arguments["palette"].update(free=free))

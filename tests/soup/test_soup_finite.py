@@ -77,6 +77,7 @@ def test_what_is_not_finite_in_an_input(dtype, options, tmp_path):
         soup.merge(models, weights, tmp_path / "out", strict=True, show_progress=False, **options)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(
     ("out_type", "most", "beyond"),
     [

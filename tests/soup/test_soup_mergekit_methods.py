@@ -122,6 +122,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("case", CASES)
 def test_by_merge_by_recipe_and_by_command(case, native, files, tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def every_choice(n):
     }
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 @pytest.mark.parametrize("kind", every_choice(9))
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, F32, BF16), (F64, F64, F64), (BF16, torch.float16, F64)])
