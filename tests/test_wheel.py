@@ -14,7 +14,7 @@ from turns import on_its_day
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES = 6  # at most
-OURS = "ops/test_token_logprobs.py", "ops/test_gae.py", "losses/test_advantages.py", "palette/test_palette_native.py"
+OURS = "ops/test_token_logratios.py", "ops/test_gae.py", "palette/test_palette_native.py"
 
 
 def run(*command, **options):
