@@ -155,7 +155,7 @@ def architecture(device: torch.device) -> int:
 
 
 def entropy_fits(device: torch.device) -> bool:
-    """Whether what an entropy and its gradient take fits the registers beside a tile of 128 columns."""
+    """Whether what an entropy and its gradient, or a filter, take fits the registers beside a tile of 128 columns."""
     return device.type == "cpu" or architecture(device) == 90
 
 

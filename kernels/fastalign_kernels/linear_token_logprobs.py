@@ -193,7 +193,7 @@ def backward(
     head = Head(hidden, weight, bias, a, b, labels, adapter_scale, counts, temperature, softcap, logit_scale)
     # ROCm's library does not sum narrow numbers in float32.
     own = frozen or grad_filter > 0 or torch.version.hip is not None
-    if has_entropy and not entropy_fits(hidden.device):
+    if (has_entropy or grad_filter > 0) and not entropy_fits(hidden.device):
         head.use_narrow()
     elif not has_entropy and not own:
         head.use_tall()
