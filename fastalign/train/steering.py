@@ -3,9 +3,9 @@
 The weights of a palette minimise the dual g(λ) = E_x log Z(x, λ) − λ·c (`palette.solve`), whose gradient is the levels
 of p_λ less the palette c and whose Hessian is the covariance of the rewards under p_λ, within prompts. A policy trained
 on λ·R less its KL to the base approaches p_λ, so its own completions measure both. It lags behind, however, and may
-never get there. So after every batch λ is a Newton step away from the average λ̄ of the λ before: as far beyond λ̄ as
-the policy lags behind, and λ̄ follows for as long as a level is missed. A controller with a proportional and an integral
-part, as Stooke et al. steer constraints with (arXiv 2007.03964): the integral alone overshoots while the policy lags.
+never get there. So after every batch λ is a few Newton steps away from the average λ̄ of the λ before: far beyond it
+while the policy lags, and λ̄ follows for as long as a level is missed. That is a controller with a proportional and an
+integral part, as Stooke et al. steer constraints by (arXiv 2007.03964); the integral alone overshoots.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ RIDGE = 1e-3  # of each value's variance
 
 
 class Rule(NamedTuple):
-    """λ = λ̄ + H⁻¹ (c − levels), subject to λ's signs, then λ̄ ← λ̄ + rate · (λ − λ̄); levels and H are exponentially
-    averaged over about `memory` batches.
+    """λ = λ̄ + gain · H⁻¹ (c − levels), subject to λ's signs, and λ̄ ← λ̄ + rate · (λ − λ̄) after it; levels and H are
+    exponentially averaged over about `memory` batches.
 
     limit: the largest |λ − λ̄|, in standard deviations of its reward. hold: λ has arrived if every level has kept its
     bound, by more than its standard error, over this many batches; 0: never.
     """
 
-    rate: float = 0.05
+    gain: float = 2.0
+    rate: float = 0.02
     memory: float = 6.0
-    limit: float = 2.0
+    limit: float = 3.0
     hold: int = 8
 
 
@@ -93,9 +94,9 @@ class Steering:
         return self.lam
 
     def _minimum(self, hessian: np.ndarray) -> np.ndarray:
-        """Of the dual's quadratic model at λ̄ over the λ of the right signs: values at their bound are fixed at 0, one
-        after the other."""
-        gap = self.palette - self.levels
+        """Of the dual's quadratic model at λ̄, with its slope times `gain`, over the λ of the right signs: values at
+        their bound are fixed at 0, one after the other."""
+        gap = self.rule.gain * (self.palette - self.levels)
         ridged = hessian + np.diag(RIDGE * np.diag(hessian) + np.finfo(np.float64).tiny)
         fixed = self.free.copy()
         while not fixed.all():

@@ -55,8 +55,8 @@ def test_a_policy_that_follows_at_once(case, begin):
     assert wanted.feasible
     side = np.array([{">=": 1, "<=": -1, "==": 0}[each] for each in sense])
     start = np.zeros(3) if begin == "zero" else np.where(side == 0, 1, side) * 2.0 / np.sqrt(np.diag(covariance))
-    steering = Steering(levels, sense, np.where(free, 0.0, start), free=free, rule=Rule(memory=2.0))
-    for _ in range(300):
+    steering = Steering(levels, sense, np.where(free, 0.0, start), free=free)
+    for _ in range(600):
         steering.update(*moments(tilted(p, rewards, steering.lam), rewards))
     np.testing.assert_allclose(steering.lam, wanted.lam, rtol=1e-3, atol=1e-6 * np.abs(wanted.lam).max())
 
@@ -69,14 +69,15 @@ def test_a_policy_that_learns_by_gradient_ends_within_one_percent():
     wanted = solve(rewards, palette, weights=p)
     steering = Steering(palette, [">="] * 3, np.zeros(3), rule=Rule())
     logits = np.log(p)
-    for _ in range(1000):
+    for i in range(1000):
         for _ in range(3):
             q = np.exp(logits - logits.max())
             q /= q.sum()
             gain = rewards @ steering.lam - (np.log(q) - np.log(p))
             logits = logits + 0.02 * (gain - q @ gain)  # natural gradient
         steering.update(*moments(q, rewards))
-        assert (np.abs(steering.lam) < 2.5 * np.abs(wanted.lam).max()).all()  # while the policy lags
+        if i > 60:
+            assert (np.abs(steering.lam) < 1.3 * np.abs(wanted.lam).max()).all()  # not wound up while the policy lagged
     np.testing.assert_allclose(steering.lam, wanted.lam, rtol=1e-2, atol=1e-2 * np.abs(wanted.lam).max())
     np.testing.assert_allclose(np.abs(q - tilted(p, rewards, wanted.lam)).sum(), 0, atol=1e-2)
 
