@@ -12,7 +12,6 @@ from fastalign._base.error_bars import standard_error
 from fastalign._base.units import decimals
 
 MET, WITHIN, MISSED, IMPOSSIBLE, FREE = "met", "met within error", "missed by", "impossible", "not asked"
-TOGETHER, UNTRIED = "impossible together", "not tried"  # of a palette of which another value is impossible
 WATCHED = "watched"  # a reward that was no part of what was optimised
 ERRORS = 2.0  # standard errors within which a level counts as met
 
@@ -104,16 +103,9 @@ def levels(
 
 
 def impossible(
-    names: Sequence[str],
-    asked: Sequence[float | None],
-    ops: Sequence[str],
-    base: np.ndarray,
-    *,
-    conflicts: Sequence[Sequence[str]],
+    names: Sequence[str], asked: Sequence[float | None], ops: Sequence[str], base: np.ndarray
 ) -> list[Level]:
-    """The rows of a palette that no reweighting reaches; base (P, N, m) on the prompts on which that is proved.
-    conflicts: the groups of values that cannot be had together."""
-    verdicts = {name: TOGETHER if len(group) > 1 else IMPOSSIBLE for group in conflicts for name in group}
+    """The rows of a palette that no reweighting reaches; base (P, N, m) on the prompts on which that is proved."""
     rows = []
     for j, name in enumerate(names):
         column, free = base[..., j], asked[j] is None
@@ -121,18 +113,18 @@ def impossible(
             Level(
                 name=name, asked=asked[j], op=None if free else ops[j], base=float(column.mean(dtype=np.float64)),
                 predicted=None, realised=None, se=None, change_se=None, std=float(column.std(dtype=np.float64)),
-                verdict=FREE if free else verdicts.get(name, UNTRIED),
+                verdict=FREE if free else IMPOSSIBLE,
             )
         )  # fmt: skip
     return rows
 
 
-def headline(rows: Sequence[Level]) -> str:
-    """One sentence."""
-    if alone := [f"{row.name} {row.wish}" for row in rows if row.verdict == IMPOSSIBLE]:
-        return f"No reweighting of the model's answers reaches {' or '.join(alone)}."
-    if both := [f"{row.name} {row.wish}" for row in rows if row.verdict == TOGETHER]:
-        return f"No reweighting of the model's answers reaches {' and '.join(both)} together."
+def headline(rows: Sequence[Level], conflicts: Sequence[Sequence[str]] = ()) -> str:
+    """One sentence. conflicts: of a palette that no reweighting reaches, the groups of values that cannot be had."""
+    if conflicts:
+        wishes = {row.name: f"{row.name} {row.wish}" for row in rows}
+        groups = [" and ".join(wishes[name] for name in group) + " together" * (len(group) > 1) for group in conflicts]
+        return f"No reweighting of the model's answers reaches {' or '.join(groups)}."
     asked = [row for row in rows if row.asked is not None]
     missed = [f"{row.name} ({row.verdict})" for row in asked if row.verdict.startswith(MISSED)]
     if missed:

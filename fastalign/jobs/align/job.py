@@ -424,7 +424,9 @@ class Job:
     def _impossible(self, base: Candidates) -> dict[str, Any]:
         grid = base.reward_array(self.names)
         asked, senses, _ = self.asked(grid)
-        rows = proof.impossible(self.names, asked, senses, grid, conflicts=self.solution["conflicts"])
+        rows = proof.impossible(self.names, asked, senses, grid)
+        wanted = [row.name for row in rows if row.asked is not None]
+        conflicts = self.solution.get("conflicts") or [wanted]  # older files have none
         nearest, certificate = self.solution["nearest"], self.solution["certificate"]
         if certificate is not None:
             certificate = {
@@ -433,6 +435,7 @@ class Job:
                 "text": _certificate(self.names, certificate, asked),
             }
         content = self._content(rows) | {
+            "headline": proof.headline(rows, conflicts),
             "nearest": dict(zip(self.names, nearest, strict=True)),
             "certificate": certificate,
         }
