@@ -43,6 +43,11 @@ class Kept:
         with self._lock, _told(self._path), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
 
+    def close(self) -> None:
+        """Later uses raise UserError: requests that an error or an interrupt left in flight may still end."""
+        with self._lock:  # SQLite crashes if it is closed in the middle of another thread's statement
+            self._connection.close()
+
 
 @contextmanager
 def kept() -> Iterator[Kept]:
@@ -58,10 +63,11 @@ def kept() -> Iterator[Kept]:
         except BaseException:
             connection.close()
             raise
+    store = Kept(connection, path)
     try:
-        yield Kept(connection, path)
+        yield store
     finally:
-        connection.close()
+        store.close()
 
 
 @contextmanager
