@@ -6,7 +6,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +52,25 @@ def read(path: Path) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kind = "an Arrow" if _begins(path, b"ARROW1") else "a Parquet"
-    try:
-        if kind == "an Arrow":
-            with pa.OSFile(os.fspath(path)) as file:
-                return pa.ipc.open_file(file).read_all()
+    if _begins(path, b"ARROW1"):
+        with readable(path, "an Arrow"), pa.OSFile(os.fspath(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+    with readable(path, "a Parquet"):
         return pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+
+
+@contextmanager
+def readable(path: Path, kind: str, *also: type[Exception]) -> Iterator[None]:
+    """Arrow's error, or one of `also`, for a file that it cannot read, as one line that names the file. kind: "a
+    Parquet" or "an Arrow"."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except UserError:  # the caller's own
+        raise
+    except (pa.ArrowException, OSError, *also) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not {kind} file that can be read ({reason})") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from fastalign._base.errors import UserError
 
@@ -27,6 +28,11 @@ def parse_bytes(name: str, value: int | str) -> int:
 def counted(count: int, noun: str) -> str:
     """ "1 prompt", "1,024 prompts"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def alternatives(groups: Sequence[Sequence[str]]) -> str:
+    """ "a or b", "a and b together": of groups of words, each named as a whole."""
+    return " or ".join(" and ".join(group) + " together" * (len(group) > 1) for group in groups)
 
 
 def decimals(std: float) -> int:

@@ -14,7 +14,7 @@ import typer
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.files import STDOUT, read_json
-from fastalign._base.units import counted
+from fastalign._base.units import alternatives, counted
 from fastalign.cli import align as cli_align
 from fastalign.cli import reward_bench as cli_reward_bench
 from fastalign.cli import rewards as cli_rewards
@@ -394,8 +394,7 @@ def map_(
         _advise(console, pipeline.worth_of(solution), solution["candidates"])
     if not solution["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(solution["values"], solution["nearest"], strict=True))
-        conflicts = solution.get("conflicts") or [solution["values"]]  # older files have none
-        what = " or ".join(" and ".join(group) + " together" * (len(group) > 1) for group in conflicts)
+        what = alternatives(solution.get("conflicts") or [solution["values"]])  # older files have none
         console.print(
             f"infeasible: no reweighting reaches {what}; nearest {nearest}. λ is for a point just inside.",
             style="yellow",

@@ -13,9 +13,11 @@ from typing import Any, TextIO
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
 from fastalign._base.hub import check_reachable
+from fastalign._base.tables import readable
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 BATCH = 1024  # rows of a table that are held at once
+_BAD_CELLS = (ValueError,)  # bytes that are not text, dates beyond the calendar
 
 
 class Rows:
@@ -109,7 +111,7 @@ def local(path: Path, columns: Callable[[list[str]], list[str]] | None = None) -
 def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    with _table_errors(path, "a Parquet"):
+    with readable(path, "a Parquet", *_BAD_CELLS):
         file = pq.ParquetFile(path)
         for batch in file.iter_batches(BATCH, columns=columns and columns(file.schema_arrow.names)):
             yield from batch.to_pylist()
@@ -119,7 +121,7 @@ def _arrow(path: Path, columns: Callable[[list[str]], list[str]] | None) -> Iter
     """Arrow's file format (Feather), or its stream, in which datasets keeps its files."""
     import pyarrow as pa
 
-    with _table_errors(path, "an Arrow"), pa.memory_map(str(path)) as file:
+    with readable(path, "an Arrow", *_BAD_CELLS), pa.memory_map(str(path)) as file:
         try:
             reader = pa.ipc.open_file(file)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -131,20 +133,6 @@ def _arrow(path: Path, columns: Callable[[list[str]], list[str]] | None) -> Iter
             batch = batch.select(wanted) if wanted else batch
             for start in range(0, batch.num_rows, BATCH):
                 yield from batch.slice(start, BATCH).to_pylist()
-
-
-@contextmanager
-def _table_errors(path: Path, kind: str) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except UserError:  # from `columns`
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        # ValueError: bytes that are not text, dates beyond the calendar.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not {kind} file that can be read ({reason})") from None
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def read_rows(
         raise UserError("give either values and lam, or palette")
     asked = any(x is not None for x in (lam, palette, prompt_column, response_column))
     scored = pairs.scored_of(data, prompt_column=prompt_column, response_column=response_column) if asked else None
-    if scored is None and pairs.noted_kind(data) is None:
+    noted = pairs.noted_kind(data) is not None
+    if scored is None and not noted:
         if not (palette is None and lam is None and values is None):
             if Path(data).suffix:  # no data set by name
                 check_input(data)
@@ -77,8 +78,8 @@ def read_rows(
     names, lam = pairs.weights_by_name(lam, list(whole.rewards) if values is None else list(values))
     scores = whole.reward_array(names).astype(np.float64) @ lam  # (P, N)
     weights = np.exp(scores - scores.max(1, keepdims=True))
-    theirs = pairs.noted_kind(data) is None  # texts without token ids
-    name, candidates = ("completions", whole.texts) if theirs else ("completion_ids", whole.token_ids)
+    # Those of another program are texts without token ids.
+    name, candidates = ("completion_ids", whole.token_ids) if noted else ("completions", whole.texts)
     rows = DistillRows(
         {"prompt": prompt, name: several, "weights": row.tolist()}
         for prompt, several, row in zip(whole.prompts, candidates, weights, strict=True)

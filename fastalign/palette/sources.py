@@ -6,7 +6,6 @@ A memory-mapped array (`numpy.load(path, mmap_mode="r")`) needs none of this: th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
+from fastalign._base.tables import readable
 
 CHUNK_ROWS = 1 << 18
 SAMPLE_ROWS = 1 << 17  # kept in memory, for the starting point
@@ -60,7 +60,7 @@ class ParquetRewards:
         wide = False
         for file in paths:
             check_input(file)
-            with _readable(file):
+            with readable(file, "a Parquet"):
                 known, rows = pq.read_schema(file), pq.read_metadata(file).num_rows
             for name in self.columns:
                 if name not in known.names:
@@ -101,7 +101,7 @@ class ParquetRewards:
         import pyarrow.parquet as pq
 
         for path in self.paths:
-            with _readable(path), pq.ParquetFile(path) as file:
+            with readable(path, "a Parquet"), pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(self.chunk_rows, columns=self.columns):
                     if not batch.num_rows:
                         continue
@@ -127,18 +127,6 @@ class ParquetRewards:
         if column.null_count:
             raise UserError(f"{path}: column {name!r} must have no missing values, got {column.null_count}")
         return column.to_numpy(zero_copy_only=False)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Arrow's error for a file that it cannot read, as one line that names the file."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
 
 
 def _joined(parts: list[tuple]) -> tuple:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.error_bars import standard_error
-from fastalign._base.units import decimals
+from fastalign._base.units import alternatives, decimals
 
 MET, WITHIN, MISSED, IMPOSSIBLE, FREE = "met", "met within error", "missed by", "impossible", "not asked"
 WATCHED = "watched"  # a reward that was no part of what was optimised
@@ -123,8 +123,8 @@ def headline(rows: Sequence[Level], conflicts: Sequence[Sequence[str]] = ()) -> 
     """One sentence. conflicts: of a palette that no reweighting reaches, the groups of values that cannot be had."""
     if conflicts:
         wishes = {row.name: f"{row.name} {row.wish}" for row in rows}
-        groups = [" and ".join(wishes[name] for name in group) + " together" * (len(group) > 1) for group in conflicts]
-        return f"No reweighting of the model's answers reaches {' or '.join(groups)}."
+        what = alternatives([[wishes[name] for name in group] for group in conflicts])
+        return f"No reweighting of the model's answers reaches {what}."
     asked = [row for row in rows if row.asked is not None]
     missed = [f"{row.name} ({row.verdict})" for row in asked if row.verdict.startswith(MISSED)]
     if missed:

@@ -376,7 +376,7 @@ def solve_palette(
     conflicts: list[list[int]] = []
     proof = first
     if first.nearest is not None:  # infeasible
-        conflicts, proof = _conflicts(flat, target, groups, sense, asked)
+        conflicts, proof = _conflicts(flat, target, groups, sense, asked, first)
         solution, solved_for = just_inside(first.nearest, flat, groups, sense)
     elif margin:
         side = np.array([0 if nothing else SIDE[each] for nothing, each in zip(free, sense, strict=True)])
@@ -435,10 +435,16 @@ def just_inside(
 
 
 def _conflicts(
-    flat: np.ndarray, target: np.ndarray, groups: np.ndarray | None, sense: Sequence[str], asked: Sequence[int]
+    flat: np.ndarray,
+    target: np.ndarray,
+    groups: np.ndarray | None,
+    sense: Sequence[str],
+    asked: Sequence[int],
+    whole: Any,
 ) -> tuple[list[list[int]], Any]:
     """Of an infeasible palette: the values none of which can be reached even alone, or else values that cannot be
-    reached together, of which none can be left out; and the solution that proves the first of these."""
+    reached together, of which none can be left out; and the solution that proves the first of these. whole: the
+    palette's own solution."""
     from fastalign.palette import solve
 
     def only(kept: Sequence[int]) -> Any:
@@ -446,13 +452,15 @@ def _conflicts(
         sides = [side if wanted else ">=" for side, wanted in zip(sense, there, strict=True)]
         return solve(flat, np.where(there, target, flat.min(axis=0)), groups=groups, sense=sides)
 
-    if alone := [[j] for j in asked if not only([j]).feasible]:
-        return alone, only(alone[0])
-    conflict = list(asked)
+    single = {j: only([j]) for j in asked}
+    if alone := [j for j in asked if not single[j].feasible]:
+        return [[j] for j in alone], single[alone[0]]
+    conflict, proof = list(asked), whole
     for j in asked:
-        if not only(rest := [k for k in conflict if k != j]).feasible:
-            conflict = rest
-    return [conflict], only(conflict)
+        rest = [k for k in conflict if k != j]
+        if not (found := only(rest)).feasible:
+            conflict, proof = rest, found
+    return [conflict], proof
 
 
 def _certificate(solution: Any, grid: np.ndarray) -> dict[str, Any] | None:
