@@ -97,7 +97,7 @@ def page(results: dict) -> str:
     lines = [
         "# Versions", "",
         "What runs with which versions of other packages: `python tools/versions.py` makes an environment for each",
-        "row, installs the wheel and runs every seam once on tiny models. ✓ runs; – does not, as told below the table.",
+        "row, installs the wheel and runs every seam once on tiny models. ✓ runs; – does not, see below the table.",
         "Other versions are likely to work; these were tried.", "",
         f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}",
     ]  # fmt: skip

@@ -41,10 +41,10 @@ def has_note(path: str | os.PathLike[str]) -> bool:
 def note(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The note of such a file, a JSON object; {} for any other file."""
     try:
-        told = json.loads(_note(Path(path)) or b"{}")
+        content = json.loads(_note(Path(path)) or b"{}")
     except ValueError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def read(path: Path) -> pa.Table:
@@ -74,12 +74,12 @@ def readable(path: Path, kind: str, *also: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path}: not {kind} file that can be read ({reason})") from None
 
 
-def write(path: str | os.PathLike[str], table: pa.Table, told: Mapping[str, Any]) -> None:
-    """Write a Parquet or Arrow file with a note, completely or not at all."""
+def write(path: str | os.PathLike[str], table: pa.Table, content: Mapping[str, Any]) -> None:
+    """Write a Parquet or Arrow file with a note of this content, completely or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = table.replace_schema_metadata({_NOTE: json.dumps(told, ensure_ascii=False).encode()})
+    table = table.replace_schema_metadata({_NOTE: json.dumps(content, ensure_ascii=False).encode()})
     with atomic_write(path) as beside:
         if _ending(path) in (".arrow", ".feather"):
             options = pa.ipc.IpcWriteOptions(compression="zstd")

@@ -141,10 +141,10 @@ class Judge:
             try:
                 return ratings.read(choice, self.rubric.marks(order))
             except ratings.Unreadable as reason:
-                told = f"judge {self.rubric.name}: its answer to the response {response!r:.60} {reason}"
+                message = f"judge {self.rubric.name}: its answer to the response {response!r:.60} {reason}"
                 if isinstance(choice, dict) and choice.get("finish_reason") == "length":
-                    told += "; it was cut off, max_tokens is too small"
-        raise UserError(f"{told} (asked {ASKS} times)")
+                    message += "; it was cut off, max_tokens is too small"
+        raise UserError(f"{message} (asked {ASKS} times)")
 
     def _answer(self, body: dict[str, Any], stop: threading.Event) -> dict[str, Any]:
         if not self._logprobs:
