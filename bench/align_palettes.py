@@ -45,7 +45,7 @@ def equal_weights(job: Job, out: Path, left: Budget) -> float:
     result = train_grpo(
         job.model.name, job.train, NAMES, [1.0] * len(NAMES), out, batch_size=64, max_steps=10_000,
         learning_rate=job.settings["learning_rate"] or 1e-3, lora_r=methods.RANK, max_new_tokens=TOKENS,
-        dtype="float32", seed=job.seed, until=left.spent, show_progress=True,
+        dtype=job.settings["dtype"], seed=job.seed, until=left.spent, show_progress=True,
     )  # fmt: skip
     return result["tokens"]
 
@@ -60,12 +60,13 @@ def main() -> None:
     palettes = [palette(pool, i) for i in range(options.palettes)]
     rows = []
     for i, words in enumerate(palettes):
-        rows.append(row("decode", i, words, run(pool, words, options.work / f"decode-{i}", i, how="decode")))
+        out = options.work / f"decode-{i}"
+        rows.append(row("decode", i, words, run(pool, words, out, i, how="decode", dtype="float32")))
         write(options, rows)
     for i, words in enumerate(palettes[: options.trained]):
         for method in options.methods.split(","):
             out = options.work / f"{method.replace(' ', '-')}-{i}"
-            more: dict[str, Any] = {"budget": options.budget, "learning_rate": options.learning_rate}
+            more: dict[str, Any] = {name: getattr(options, name) for name in ("budget", "learning_rate", "dtype")}
             rows.append(row(method, i, words, run(pool, words, out, i, how=TRAINED[method], **more)))
             write(options, rows)
 
@@ -107,8 +108,8 @@ def run(pool: Candidates, words: str, out: Path, seed: int, **options: Any) -> d
             rewards = pool.reward_array(NAMES)[indices].reshape(-1, len(NAMES))
             one.with_rewards(NAMES, rewards).to_parquet(out / part / "scored.parquet")
     return align(
-        MODEL, pool.prompts, NAMES, words, out, candidates=CANDIDATES, max_new_tokens=TOKENS, dtype="float32",
-        seed=seed, overwrite=not begun, show_progress=True, texts_per_prompt=4, **options,
+        MODEL, pool.prompts, NAMES, words, out, candidates=CANDIDATES, max_new_tokens=TOKENS, seed=seed,
+        overwrite=not begun, show_progress=True, texts_per_prompt=4, **options,
     )  # fmt: skip
 
 
@@ -128,7 +129,13 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         ]
         for method in ("decode", *TRAINED)
     }
-    settings = {"budget": options.budget, "candidates": CANDIDATES, "tokens": TOKENS, "values": NAMES}
+    settings = {
+        "budget": options.budget,
+        "dtype": options.dtype,
+        "candidates": CANDIDATES,
+        "tokens": TOKENS,
+        "values": NAMES,
+    }
     write_json(options.out, {"machine": machine(), "settings": settings, "met": hits, "rows": rows})
     plot(rows, options.out.with_suffix(".png"))
 
@@ -160,6 +167,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trained", type=int, default=8)
     parser.add_argument("--budget", default="10m", help="of each training, as in `fastalign align`")
     parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--dtype", default="bfloat16", help="of the trained models")
     parser.add_argument("--methods", default=",".join(TRAINED))
     parser.add_argument("--work", type=Path, default=Path("out/align_palettes"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "align_palettes.json")
