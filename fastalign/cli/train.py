@@ -42,7 +42,12 @@ class How(str, Enum):
 Out = Annotated[Path, typer.Option(help="Output folder for the model, its log and its checkpoints.")]
 Values = Annotated[
     str | None,
-    typer.Option(help="Rewards (`fastalign rewards` lists them) or folders of reward models, comma-separated."),
+    typer.Option(
+        "--values",
+        "--rewards",
+        help="Rewards, comma-separated: names (`fastalign rewards` lists them), folders of reward models, or other "
+        "references as in `fastalign score`.",
+    ),
 ]
 Lam = Annotated[str | None, typer.Option(help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5.")]
 FromPalette = Annotated[
