@@ -274,9 +274,12 @@ def _drawn(out: Path, candidates) -> Result:
     return {"out": str(out), "prompts": len(candidates.prompts), "n": candidates.n, "tokens": candidates.tokens}
 
 
-def _advise(console, worth, n: int) -> None:
-    """How to have more candidates, where there are too few."""
-    if worth is not None and (command := worth.more(n)):
+def _advise(console, worth, n: int, scored: Path) -> None:
+    """How to have more candidates, where there are too few and they were drawn here."""
+    from fastalign._base import outputs
+
+    drawn_here = outputs.recorded(scored, "sampling") is not None
+    if drawn_here and worth is not None and (command := worth.more(n)):
         console.print(f"to draw them: {command}, then score, map and select again")
 
 
@@ -391,7 +394,7 @@ def map_(
     )
     if str(out) != STDOUT:
         console.print(pipeline.predicted_need(out, solution["candidates"]))
-        _advise(console, pipeline.worth_of(solution), solution["candidates"])
+        _advise(console, pipeline.worth_of(solution), solution["candidates"], scored)
     if not solution["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(solution["values"], solution["nearest"], strict=True))
         what = alternatives(solution.get("conflicts") or [solution["values"]])  # older files have none
@@ -560,7 +563,7 @@ def select(
             console.print(f"KL {estimate.kl[0]:.3f} nats, {worth}")
             if estimate.doubt:
                 console.print(estimate.doubt, style="yellow")
-                _advise(console, estimate.worth[0], estimate.n)
+                _advise(console, estimate.worth[0], estimate.n, scored)
     return result
 
 

@@ -102,6 +102,7 @@ def test_the_whole_chain(scored, tmp_path):
 
 def test_an_infeasible_palette_is_reported_and_the_nearest_solved_for(scored, tmp_path):
     code, out, _ = fastalign("map", scored, "--palette", "0.99,5.0", "--out", tmp_path / "palette.json")
+    assert "to draw them: fastalign sample --more" in out
     solution = json.loads((tmp_path / "palette.json").read_text())
     assert code == 3 and "infeasible" in out and not solution["feasible"]
     assert solution["nearest"][1] < 5.0 and np.isfinite(solution["lambda"]).all()

@@ -140,8 +140,9 @@ def test_candidates_of_another_program_go_through_every_command(tmp_path, form):
 
         pq.write_table(pa.Table.from_pylist(rows), path)
     columns = ["--prompt-column", "question", "--response-column", "answer"]
-    code, _, err = fastalign("map", path, *columns, "--palette", "helpful=base+0.3sd", "--out", tmp_path / "p.json")
+    code, out, err = fastalign("map", path, *columns, "--palette", "helpful=base+0.9sd", "--out", tmp_path / "p.json")
     assert code == 0, err
+    assert "10 need" in out and "sample --more" not in out  # that adds to what was drawn here
     solution = json.loads((tmp_path / "p.json").read_text())
     assert solution["values"] == ["helpful"] and solution["levels"][0] == pytest.approx(solution["palette"][0])
     palette, selected = ["--palette", tmp_path / "p.json"], tmp_path / "selected.parquet"
