@@ -179,7 +179,7 @@ def _column(where: str, have: Sequence[str], given: str | None, usual: Sequence[
 
 
 def _values(where: str, seen: Mapping[str, _Column], taken: set[str], given: Sequence[str] | None) -> list[str]:
-    """The columns of scores. One that lacks some of its numbers is an error if it was asked for, else a line says so."""
+    """The columns of scores. One that lacks some of its numbers is an error if it was asked for; else it is named."""
     own = {name: x for name, x in seen.items() if not (name in taken | _NO_VALUES or name.endswith("_id"))}
     numbers = [name for name, x in own.items() if x.numbers and x.some and x.hole is None]
     holes = {
