@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +14,11 @@ import numpy as np
 from fastalign._base import spending
 from fastalign._base.errors import UserError
 from fastalign._base.http import MODELS_BYTES, Http, Refused, checked_key, checked_url
-from fastalign._base.in_flight import as_done
 from fastalign._base.spending import Spending
 from fastalign.rewards import ratings
 from fastalign.rewards import rubric as rubrics
 from fastalign.rewards.base import CachedReward, Reward
-from fastalign.rewards.kept import kept, key_of
+from fastalign.rewards.kept import answers, key_of
 from fastalign.rewards.rubric import Rubric
 
 BYTES = 1 << 24  # of an answer, at most
@@ -85,35 +85,22 @@ class Judge:
                 raise UserError(f"{self.rubric.compare}: has no response to the prompt {lacking!r:.80}")
         if self._model is None:
             self.reach()
-        orders = 2 if self.rubric.compare else 1
-        with kept() as store:
-            given: list[list[dict[str, float]]] = [[] for _ in prompts]
-            missing = []
-            for i, pair in enumerate(zip(prompts, responses, strict=True)):
-                for order in range(orders):
-                    for draw in range(self.rubric.draws):
-                        body = self._body(*pair, order, draw)
-                        key = key_of([self._http.base, body, self.rubric.marks(order), draw])
-                        if (had := store.get(key)) is None:
-                            missing.append((i, order, draw, key))
-                        else:
-                            given[i].append(had)
+        draws = list(itertools.product(range(2 if self.rubric.compare else 1), range(self.rubric.draws)))
+        calls = {
+            (i, order, draw): key_of([self._http.base, self._body(*pair, order, draw), self.rubric.marks(order), draw])
+            for i, pair in enumerate(zip(prompts, responses, strict=True))
+            for order, draw in draws
+        }
 
-            def work(call: tuple[int, int, int, bytes], stop: threading.Event) -> dict[str, float]:
-                i, order, draw, key = call
-                result = self._ask(prompts[i], responses[i], order, draw, stop)
-                store.put({key: result})
-                return result
+        def ask(call: tuple[int, int, int], stop: threading.Event) -> dict[str, float]:
+            i, order, draw = call
+            return self._ask(prompts[i], responses[i], order, draw, stop)
 
-            def mean(i: int) -> dict[str, float]:
-                return {name: float(np.mean([one[name] for one in given[i]])) for name in self.names}
-
-            calls = orders * self.rubric.draws
-            yield from ((i, mean(i)) for i in range(len(prompts)) if len(given[i]) == calls)
-            for (i, *_), result in as_done(work, missing, min(self.rubric.in_flight, len(missing))):
-                given[i].append(result)
-                if len(given[i]) == calls:
-                    yield i, mean(i)
+        given: list[dict[tuple[int, int], dict[str, float]]] = [{} for _ in prompts]
+        for (i, order, draw), rated in answers(calls, ask, self.rubric.in_flight):
+            given[i][order, draw] = rated
+            if len(given[i]) == len(draws):  # averaged in one order, whichever came first
+                yield i, {name: float(np.mean([given[i][which][name] for which in draws])) for name in self.names}
 
     def _body(self, prompt: str, response: str, order: int, draw: int) -> dict[str, Any]:
         temperature = self.rubric.temperature

@@ -16,9 +16,8 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.http import Http, check_at_least_1, checked_key, checked_url
-from fastalign._base.in_flight import as_done
 from fastalign.rewards.base import CachedReward
-from fastalign.rewards.kept import kept, key_of
+from fastalign.rewards.kept import answers, key_of
 from fastalign.rewards.presets import PERSPECTIVE
 
 KEY = "PERSPECTIVE_API_KEY"
@@ -72,22 +71,13 @@ class Perspective(CachedReward):
         if blank := [i for i, text in enumerate(responses) if not text.strip()]:
             yield blank, np.zeros(len(blank))
         bodies = {i: self._body(text) for i, text in enumerate(responses) if text.strip()}
-        with kept() as store:
-            keys = {i: key_of([self._http.base, body]) for i, body in bodies.items()}
-            missing = []
-            for i, key in keys.items():
-                if (had := store.get(key)) is None:
-                    missing.append(i)
-                else:
-                    yield [i], np.array([-had[self.attribute]])
+        calls = {i: key_of([self._http.base, body]) for i, body in bodies.items()}
 
-            def work(i: int, stop: threading.Event) -> dict[str, float]:
-                found = self._read(self._http.ask(_PATH, bodies[i], _ANSWER, stop))
-                store.put({keys[i]: found})
-                return found
+        def ask(i: int, stop: threading.Event) -> dict[str, float]:
+            return self._read(self._http.ask(_PATH, bodies[i], _ANSWER, stop))
 
-            for i, found in as_done(work, missing, min(self.in_flight, len(missing))):
-                yield [i], np.array([-found[self.attribute]])
+        for i, found in answers(calls, ask, self.in_flight):
+            yield [i], np.array([-found[self.attribute]])
 
     def _body(self, text: str) -> dict[str, Any]:
         cut = text.encode()[:_LONGEST].decode(errors="ignore")
