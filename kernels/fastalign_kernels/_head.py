@@ -392,7 +392,7 @@ def gradient_tiles(
     to = (tile + r * tile_row + block * BLOCK_N)[:, None] + c[None, :]
     tl.store(to, found.to(tile.dtype.element_ty))
     if alive is not None:
-        any_left = tl.max(tl.max((found != 0).to(tl.int32), 1), 0)
+        any_left = tl.max((found != 0).to(tl.int32))
         tl.store(alive + row_block * blocks + block, any_left)
 
 

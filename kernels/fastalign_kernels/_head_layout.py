@@ -35,6 +35,8 @@ BLOCKS = {
     torch.float64: Blocks(32, 32, 32, 8, 2),
 }
 TALL = (90, 100, 103)  # architectures with registers and 197 KB of shared memory for tiles of 256 rows
+# Beside a gradient's tile Triton 3.5 spills addresses on Blackwell.
+TALL_GRADIENT = TALL if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else (90,)
 TALL_ROWS = 2048  # and that many rows at least
 GROUP_BYTES = 16 << 20  # of hidden states that stay in the second-level cache
 WORKSPACE = 64 << 20  # bytes of logits or their gradients, or the size of hidden in float32 if that is more
@@ -67,14 +69,15 @@ class Head:
         self.blocks, self.row_blocks = blocks, triton.cdiv(self.rows, blocks.rows)
         self.group = max(1, GROUP_BYTES // (blocks.rows * self.width * self.hidden.dtype.itemsize))
 
-    def use_tall(self) -> None:
+    def use_tall(self, architectures: tuple[int, ...] = TALL) -> None:
         """Tiles of 256 rows, where the device feeds its tensor cores from the second-level cache too slowly for 128.
 
         Only for a product with its softmax and nothing more: what else is kept of each logit would not fit the
         registers.
         """
         more = self.softcap or self.bias is not None or self.low is not None or self.width % self.blocks.width
-        if not more and self.dot.itemsize == 2 and self.rows >= TALL_ROWS and architecture(self.hidden.device) in TALL:
+        many = self.dot.itemsize == 2 and self.rows >= TALL_ROWS
+        if many and not more and architecture(self.hidden.device) in architectures:
             self.use(self.blocks._replace(rows=256, stages=4))
 
     def use_narrow(self) -> None:

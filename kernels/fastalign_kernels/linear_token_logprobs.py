@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 import triton
 from fastalign.kernels import _head, _kept
-from fastalign.kernels._head_layout import Head, adapter_fits, entropy_fits, parts, plain
+from fastalign.kernels._head_layout import TALL_GRADIENT, Head, adapter_fits, entropy_fits, parts, plain
 from fastalign.kernels._kept import Kept, kept_in, kept_size
 from fastalign.kernels._products import alive_lists, library_add, library_product, product
 from fastalign.kernels._softmax import compute_type
@@ -196,7 +196,7 @@ def backward(
     if (has_entropy or grad_filter > 0) and not entropy_fits(hidden.device):
         head.use_narrow()
     elif not has_entropy and not own:
-        head.use_tall()
+        head.use_tall(TALL_GRADIENT)
     tiles = kept_in(kept, head.dot, head.rows)
     before = (labels.reshape(-1) != ignore_index).cumsum(0) - 1  # in the forward pass's order
     grads = _Gradients(head, given, has_entropy, 0.0 if frozen else grad_filter, own, tiles, before).make(needs)
