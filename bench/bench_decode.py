@@ -1,4 +1,5 @@
-"""Drawing candidates from SmolLM2-135M: the shared-prompt engine against transformers' generate.
+"""Drawing candidates from SmolLM2-135M: the shared-prompt engine against transformers' generate, and against those
+engines that `python -m bench.engines` has made.
 
 One prompt of about 265 tokens, 24 new tokens, float32; and 32 prompts of many lengths with 32 candidates each, whose
 texts end at different lengths. The floor is the linear layers alone, with as many rows and steps, by the provider that
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fastalign.bench import engines
 
 pytestmark = pytest.mark.decode
 GENERATE = "transformers generate"
@@ -37,10 +39,11 @@ def texts() -> tuple:
     [pytest.param(n, bar, id=f"one prompt of 265 tokens, {NEW} new, N = {n}") for n, bar in ((64, 12), (256, 20))],
 )
 def test_one_prompt(compare, n, bar):
-    _, one, _ = texts()
+    sampler, one, _ = texts()
+    others = engines.workers(sampler.tokenizer(one)["input_ids"], n, NEW, "float32", torch.get_num_threads())
     compare(
         lambda: draw(one, n, NEW, ends=False),
-        {GENERATE: lambda: generate(one, n, NEW, ends=False)},
+        {GENERATE: lambda: generate(one, n, NEW, ends=False), **others},
         floor=lambda: linear_layers(n, NEW, prompt=265)(),
         bars={GENERATE: bar},
         rounds=2 if n < 256 else 1,
