@@ -41,6 +41,17 @@ def sample_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
 
 
+def shared_attention(q: Tensor, values: Tensor) -> Tensor:
+    """(rows, heads, dv) from q (rows, heads, d) and values (..., dv)."""
+    return q.new_empty(*q.shape[:2], values.shape[-1])
+
+
+def shared_attention_prompts(q: Tensor, values: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Each share's output (splits, rows, heads, dv), and the log of its weights' sum (splits, rows, heads)."""
+    shape = (splits, *q.shape[:2])
+    return tuple(q.new_empty(one, dtype=torch.float32) for one in ((*shape, values.shape[-1]), shape))
+
+
 def resample(log_weights: Tensor, k: int) -> Tensor:
     return log_weights.new_empty((log_weights.shape[0], k), dtype=torch.int64)
 

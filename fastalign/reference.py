@@ -282,6 +282,32 @@ RESAMPLE_DOMAIN = -(2**63)
 SHARE_SLACK = 1 + 1e-12
 
 
+def shared_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    spans: Sequence[tuple[int, int]],
+    lengths: Sequence[int],
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Each row's attention over its prompt, the tokens spans[row] of keys (kv heads, tokens, d), and over the first
+    lengths[row] + 1 of its own (rows, kv heads, room, d), behind them. q (rows, heads, d) -> (rows, heads, dv).
+
+    window: how many tokens the last one sees, with itself.
+    """
+    out = []
+    for x, k, v, (begin, end), length in zip(_compute(q), own_keys, own_values, spans, lengths, strict=True):
+        k = torch.cat([keys[:, begin:end], k[:, : length + 1]], 1)[:, -(window or 0) :]
+        v = torch.cat([values[:, begin:end], v[:, : length + 1]], 1)[:, -(window or 0) :]
+        scores = x.unflatten(0, (len(k), -1)) @ _compute(k).mT * scaling
+        out.append((transform_logits(scores, 1.0, softcap).softmax(-1) @ _compute(v)).flatten(0, 1))
+    return torch.stack(out).to(q.dtype)
+
+
 def resample(log_weights: Tensor, k: int, method: str, mask: Tensor | None = None, seed: int = 0) -> Tensor:
     """Draw k candidates per row. log_weights (P, N), mask (P, N) bool, True = valid -> indices (P, k) int64.
 

@@ -23,7 +23,7 @@ _library = torch.library.Library("fastalign", "DEF")
 
 def define(
     schema: str,
-    cpu: Op,
+    cpu: Op | None,
     fake: Op,
     *,
     triton: str,
@@ -31,7 +31,8 @@ def define(
     leading_dims: bool = False,
     vmap_in_turn: bool = False,
 ) -> Op:
-    """Define `fastalign::<schema>` with its CPU implementation and its shapes; returns the callable op.
+    """Define `fastalign::<schema>` with its CPU implementation (None: it has none) and its shapes; returns the callable
+    op.
 
     `triton`: "file.function" in fastalign.kernels, the launcher that takes the same arguments on GPU tensors.
     `check`: called first where the tensors are on the CPU and their values may be read. `leading_dims`: its tensors may
@@ -50,7 +51,7 @@ def define(
     def on_cpu(*args):
         if check is not None:
             check(*args)
-        return launch(*args) if backend.forced() == "triton" else cpu(*args)
+        return launch(*args) if cpu is None or backend.forced() == "triton" else cpu(*args)
 
     def without_tape(*args):
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
