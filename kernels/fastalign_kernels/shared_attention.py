@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastalign import empty
 
-QUERIES = 64  # of a tile; half as many where a head is wide
-WIDE = 256  # bytes of a head's key: beyond it tiles have half as many keys
+QUERIES = 64  # of a tile
 KEYS = 64
+WIDE = 256  # bytes of a head's key: beyond it tiles are smaller, and twice the warps share them
 LEAST = 16  # of any side of a product
 
 
@@ -192,6 +192,7 @@ def _settings(q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: i
     d, dv = keys.shape[-1], values.shape[-1]
     to_cap, to_z, _ = transform_factors(math.log(2), softcap or None, scaling)
     block_d, block_dv = (max(LEAST, triton.next_power_of_2(size)) for size in (d, dv))
+    size = max(block_d, block_dv) * q.itemsize
     return {
         "to_cap": to_cap,
         "to_z": to_z,
@@ -201,10 +202,10 @@ def _settings(q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: i
         "WINDOW": window > 0,
         "SOFTCAP": softcap > 0,
         "DOT": tl.float32 if q.device.type == "cpu" else TYPES[q.dtype],  # the interpreter multiplies no bfloat16
-        "BLOCK_N": KEYS if max(block_d, block_dv) * q.itemsize <= WIDE else KEYS // 2,
+        "BLOCK_N": KEYS if size <= WIDE else KEYS // q.itemsize,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 4,
+        "num_warps": 4 if size <= WIDE else 8,
         "num_stages": 2,
         **options(q.dtype, q.device),
     }

@@ -1,0 +1,125 @@
+"""layer_passes: the small passes of a decoder layer in a step of decoding, one launch each.
+
+`norm`: RMSNorm, a program a row, after adding the residual if there is one. `rotate`: queries and keys turned by their
+rotary embedding, and the new keys and values written to their places in the cache; a program a row and head. `gate`:
+silu(g) u, by blocks.
+
+Bytes: each input read once, each output written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastalign.kernels._elementary import exp
+from torch import Tensor
+
+ELEMENTS = 1024  # of a block of the gate
+THREAD = 16  # elements of a norm's row
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _norm(y, total, x, residual, weight, x_row, residual_row, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row * x_row + at, mask=inside, other=0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + row * residual_row + at, mask=inside, other=0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * width + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
+    value *= tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    tl.store(y + row * width + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn(out, x, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x cos + (-x's second half, its first) sin, of 2 HALF numbers."""
+    i = tl.arange(0, BLOCK)
+    inside = i < HALF
+    a, b = (tl.load(x + i, mask=inside, other=0).to(tl.float32), tl.load(x + HALF + i, mask=inside, other=0))
+    b = b.to(tl.float32)
+    cos_a, sin_a = tl.load(cos + i, mask=inside, other=0), tl.load(sin + i, mask=inside, other=0)
+    cos_b, sin_b = tl.load(cos + HALF + i, mask=inside, other=0), tl.load(sin + HALF + i, mask=inside, other=0)
+    first = a * cos_a.to(tl.float32) - b * sin_a.to(tl.float32)
+    second = b * cos_b.to(tl.float32) + a * sin_b.to(tl.float32)
+    tl.store(out + i, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + HALF + i, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    out, q, k, v, cos, sin, keys, values, lengths, heads,
+    q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row,
+    key_row, key_head, key_step, value_row, value_head, value_step,
+    HALF: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cos += row * cos_row
+    sin += row * sin_row
+    if head < heads:
+        _turn(out + (row * heads + head) * (2 * HALF), q + row * q_row + head * q_head, cos, sin, HALF, BLOCK)
+    else:
+        head -= heads
+        place = tl.load(lengths + row)
+        to = keys + row * key_row + head.to(tl.int64) * key_head + place * key_step
+        _turn(to, k + row * k_row + head * k_head, cos, sin, HALF, BLOCK)
+        i = tl.arange(0, BLOCK_DV)
+        value = tl.load(v + row * v_row + head * v_head + i, mask=i < DV)
+        to_value = values + row * value_row + head.to(tl.int64) * value_head + place * value_step
+        tl.store(to_value + i, value, mask=i < DV)
+
+
+@triton.jit
+def _gate(out, g, u, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    gate = tl.load(g + at, mask=inside, other=0).to(tl.float32)
+    value = gate / (1 + exp(-gate)) * tl.load(u + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(the norm of the sum, the sum), both (rows, width); without a residual the second is empty."""
+    rows, width = x.shape
+    y, total = x.new_empty(rows, width), x.new_empty((rows, width) if residual is not None else (0,))
+    x, residual = _unit(x), None if residual is None else _unit(residual)
+    block = triton.next_power_of_2(width)
+    _norm[(rows,)](
+        y, total, x, residual, weight.contiguous(), x.stride(0), 0 if residual is None else residual.stride(0), width,
+        eps, BLOCK=block, enable_fp_fusion=True, num_warps=min(max(block // (32 * THREAD), 1), 16),
+    )  # fmt: skip
+    return y, total
+
+
+def rotate(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+) -> Tensor:
+    """The turned q (rows, heads, d); the turned k and v are in the caches (rows, kv heads, room, d) at `lengths`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v, cos, sin = map(_unit, (q, k, v, cos, sin))
+    (rows, heads, d), dv = q.shape, v.shape[-1]
+    _rotate[(rows, heads + k.shape[1])](
+        out, q, k, v, cos, sin, keys, values, lengths, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        cos.stride(0), sin.stride(0), *keys.stride()[:3], *values.stride()[:3],
+        HALF=d // 2, DV=dv, BLOCK=triton.next_power_of_2(d // 2), BLOCK_DV=triton.next_power_of_2(dv),
+        enable_fp_fusion=True, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def gate(g: Tensor, u: Tensor) -> Tensor:
+    """silu(g) u, of g's shape."""
+    out = torch.empty_like(g, memory_format=torch.contiguous_format)
+    _gate[(triton.cdiv(g.numel(), ELEMENTS),)](
+        out, g.contiguous(), u.contiguous(), g.numel(), BLOCK=ELEMENTS, enable_fp_fusion=True, num_warps=4
+    )
+    return out
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Its last dimension without steps."""
+    return x if x.stride(-1) == 1 else x.contiguous()
