@@ -3,7 +3,8 @@
 CPU tensors use the native extension, and CUDA or ROCm tensors use Triton; `use_backend` or the environment variable
 FASTALIGN_BACKEND overrides this. A backend requested by name raises if it is not available; a default one falls back to
 the reference, with one warning. With TRITON_INTERPRET=1 set before the first kernel runs, backend "triton" also takes
-CPU tensors and runs its kernels in Triton's interpreter: slow, for tests.
+CPU tensors and runs its kernels in Triton's interpreter: slow, for tests. On "meta" tensors it does what it would do on
+a GPU, but for the numbers: for counting.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _choose(kind: str, device: torch.device | str) -> str:
     if requested == "cpu" and kind != "cpu":
         raise UserError(f"backend 'cpu' takes CPU tensors, got one on {device}")
     if requested == "triton" or kind == "cuda":
-        if requested == "triton" and kind != "cuda" and not (kind == "cpu" and interpreted()):
+        if requested == "triton" and kind not in ("cuda", "meta") and not (kind == "cpu" and interpreted()):
             raise UserError(f"backend 'triton' takes GPU tensors (others with TRITON_INTERPRET=1), got one on {device}")
         if has_triton():
             return "triton"

@@ -139,7 +139,8 @@ class Batch:
         self.rows = rows
         self.jobs: list[Job] = []
         self._at: list[int] = []  # each job's row
-        self._last = torch.zeros(len(rows.logits), dtype=torch.int64)  # the token that each row drew last
+        # The token that each row drew last
+        self._last = torch.zeros(len(rows.logits), dtype=torch.int64, device=rows.logits.device)
 
     def admit(self, jobs: Sequence[Job]) -> Tensor:
         self.jobs, self._at = list(jobs), list(range(len(jobs)))
@@ -147,12 +148,11 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        device = self.rows.logits.device
         if len(self._at) < COMPACT_BELOW * len(self._last):
-            kept = torch.tensor(self._at)
-            if self.rows.keep(kept.to(device)):
+            kept = torch.tensor(self._at, device=self._last.device)
+            if self.rows.keep(kept):
                 self._last, self._at = self._last[kept], list(range(len(kept)))
-        self.rows.step(self._last.to(device))
+        self.rows.step(self._last)
         return self.rows.logits if len(self._at) == len(self._last) else self.rows.logits[self._at]
 
     def place(self, first: int, ids: Tensor) -> None:

@@ -206,7 +206,7 @@ class Sampler(BaseSampler):
         settings, encoded = request.settings, request.encoded
         n, limit = settings.n, settings.max_new_tokens
         rows, prompts = min(request.rows, len(wanted) * n), -(-request.rows // n) + 1
-        engine = SharedPromptEngine(self.model, rows, prompts=prompts, spare=request.spare)
+        engine = SharedPromptEngine(self.model, rows, prompts=prompts, spare=request.spare, room=limit)
         loop = self.token_loop(engine, settings, encoded, request.places)
         left = dict.fromkeys(wanted, n)
         jobs = (Job(i, j) for i in wanted for j in range(n))

@@ -22,6 +22,7 @@ from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.data.sampling import SamplingSettings
+from fastalign.decode.joined_prompts import Joined
 from fastalign.decode.plan import planned
 from fastalign.decode.stacked_attention import Rows, Stack, attend
 from fastalign.decode.step_layers import DTYPES, StepLayers
@@ -30,7 +31,9 @@ from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
 from fastalign.models.trial import Probe, tried
+from fastalign.ops import layer_passes
 from fastalign.ops.buffers import Buffer, buffer, rows
+from fastalign.ops.shared_attention import Layout, shared_attention, takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,19 +46,25 @@ PREFILL = 1024  # tokens of several prompts that run together
 
 @dataclass
 class Prefix:
-    """A prompt's keys and values, per layer (kv heads, P, d), and its last hidden state (H,). Keys lie transposed."""
+    """A prompt's keys and values, per layer (kv heads, P, d), and its last hidden state (H,)."""
 
     length: int
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
-    buffers: dict[int, tuple[Buffer, Buffer]] = field(default_factory=dict)  # of both, on a CPU
+    buffers: dict[int, tuple[Buffer, Buffer]] = field(default_factory=dict)  # of both, for the native attention
     hidden: Tensor = field(init=False)  # once it has run
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Keep a copy of a layer's keys and values, as matrix products with few queries read them."""
-        transposed, self.values[layer] = keys.transpose(1, 2).contiguous(), values.contiguous()
+        """Keep a copy of a layer's keys and values, keys transposed unless a kernel of ours reads them: so products
+        with few queries read them best."""
+        chosen = backend.choose(keys.device)
+        self.values[layer] = values.contiguous()
+        if chosen == "triton":
+            self.keys[layer] = keys.contiguous()
+            return
+        transposed = keys.transpose(1, 2).contiguous()
         self.keys[layer] = transposed.transpose(1, 2)
-        if keys.is_cpu:
+        if chosen == "cpu":
             self.buffers[layer] = buffer(transposed), buffer(self.values[layer])
 
 
@@ -71,7 +80,10 @@ class SharedPromptEngine:
     rows: maximum number of candidates in flight; prompts: of prompts, None for any number. Memory beyond the model:
     `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts; on processors where
     it is faster, also a copy of the linear layers' weights, if it takes at most a quarter of the available memory and
-    `spare` bytes.
+    `spare` bytes. room: new tokens of a candidate that a GPU has place for from the start, where it would else copy all
+    to grow.
+
+    Lengths, positions and the tokens drawn last stay on the model's device: a step waits for nothing there.
     """
 
     model: PreTrainedModel
@@ -79,18 +91,24 @@ class SharedPromptEngine:
 
     rows: int
 
-    def __init__(self, model: PreTrainedModel, rows: int, prompts: int | None = None, spare: int | None = None):
+    def __init__(
+        self, model: PreTrainedModel, rows: int, prompts: int | None = None, spare: int | None = None, room: int = 0
+    ):
         self.model, self.rows, self.prompts = language_model(model), rows, prompts or rows
-        self._spare = spare
+        self._spare, self.room = spare, room
         self.head: Head = head_of(self.model)
         self.prefixes: dict[int, Prefix] = {}
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
-        self.lengths: Tensor = torch.zeros(rows, dtype=torch.int64)  # own tokens whose keys are in the cache
-        self.last: Tensor = torch.zeros(rows, dtype=torch.int64)  # the token drawn last, whose keys are not
+        # Own tokens whose keys are in the cache, and the token drawn last, whose keys are not.
+        self.lengths, self.last = torch.zeros(2, rows, dtype=torch.int64, device=self.device).unbind(0)
+        self._clock, self._births = 0, list[int]()  # steps so far, and before each row in flight began
+        self._starts: Tensor | None = None  # of the rows in flight, the lengths of their prompts
         self._layers: StepLayers | None = None  # from the first step on
         self.keys: dict[int, Tensor] = {}  # layer -> (rows, kv heads, room, d)
         self.values: dict[int, Tensor] = {}
-        self.stack: Stack | None = None  # of the prompts, where the native attention does not run
+        self.joined: Joined | None = None  # the prompts, for the Triton kernels
+        self.layout: Layout | None = None  # of the rows in flight, for them
+        self.stack: Stack | None = None  # the prompts, where neither they nor the native attention run
 
     @staticmethod
     def row_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -112,12 +130,12 @@ class SharedPromptEngine:
             for prefix, states in zip(prefixes.values(), hidden[0].split(plan.lengths), strict=True):
                 prefix.hidden = states[-1].clone()
             self.prefixes |= prefixes
-        self.stack = None
+        self.joined = self.layout = self.stack = None
 
     def forget(self, prompt: int) -> None:
         del self.prefixes[prompt]
         if not self.prefixes:
-            self.stack = None
+            self.joined = self.layout = self.stack = None
 
     @property
     def free(self) -> int:
@@ -128,7 +146,8 @@ class SharedPromptEngine:
         """Put new candidates of prefilled prompts in flight; returns the hidden states (jobs, H) for their first
         token."""
         first = len(self.jobs)
-        self.jobs += jobs
+        self._births += [self._clock] * len(jobs)
+        self._seat([*self.jobs, *jobs])
         self.lengths[first : len(self.jobs)] = 0
         return torch.stack([self.prefixes[job.prompt].hidden for job in jobs])
 
@@ -136,17 +155,23 @@ class SharedPromptEngine:
         """Set the tokens drawn by the rows from `first` on."""
         self.last[first : first + len(ids)] = ids
 
+    def _seat(self, jobs: list[Job]) -> None:
+        self.jobs, self._starts, self.layout = jobs, None, None
+
     @torch.inference_mode()
     def step(self) -> Tensor:
         """Run the last token of every row in flight; returns the hidden states (rows in flight, H) for the next."""
         count = len(self.jobs)
+        if self._starts is None:
+            self._starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs]).to(self.device)
         lengths = self.lengths[:count]
-        starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs])
-        step = _Step(self, count, int(lengths.max()) + 1, lengths.to(self.device), (starts + lengths).to(self.device))
-        if self._layers is None and backend.choose(self.device) == "cpu":
+        positions, longest = self._starts + lengths, self._clock - min(self._births) + 1
+        step = _Step(self, count, longest, lengths, positions)
+        if self._layers is None and backend.choose(self.device) != "reference":
             self._layers = StepLayers(self.model, self.head.weight, self.rows, self._spare)
-        hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step, self._layers)
-        self.lengths[:count] += 1
+        hidden = self._run(self.last[:count, None], positions[:, None], step, self._layers)
+        lengths += 1
+        self._clock += 1
         return hidden[:, 0]
 
     def drop(self, rows: Sequence[int]) -> None:
@@ -165,12 +190,11 @@ class SharedPromptEngine:
         at all."""
         moved = [(to, of) for to, of in enumerate(rows) if to != of]
         if moved:
-            to, of = torch.tensor(moved).unbind(1)
-            self.lengths[to], self.last[to] = self.lengths[of], self.last[of]
-            to, of = to.to(self.device), of.to(self.device)
-            for cache in (*self.keys.values(), *self.values.values()):
-                cache.index_copy_(0, to, cache.index_select(0, of))
-        self.jobs = list(jobs)
+            to, of = torch.tensor(moved).to(self.device).unbind(1)
+            for of_rows in (self.lengths, self.last, *self.keys.values(), *self.values.values()):
+                of_rows.index_copy_(0, to, of_rows.index_select(0, of))
+        self._births = [self._births[row] for row in rows]
+        self._seat(list(jobs))
 
     def shrink(self) -> None:
         """Release the memory of unused slots; `rows` becomes the number in flight."""
@@ -191,7 +215,8 @@ class SharedPromptEngine:
                 block.enter_context(layers)
             if layers is None or not layers.whole:
                 block.enter_context(planned(self.model))
-                block.enter_context(CompiledLayers.of(self.model))
+                if self.device.type == "cpu":
+                    block.enter_context(CompiledLayers.of(self.model))
             output = self.model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -264,7 +289,8 @@ class _Step:
     def __init__(self, engine: SharedPromptEngine, count: int, longest: int, lengths: Tensor, positions: Tensor):
         self.engine, self.count, self.longest, self.calls = engine, count, longest, 0
         self.lengths, self.positions = lengths, positions
-        self.native = lengths.device.type == "cpu" and backend.choose(lengths.device) == "cpu"
+        chosen = backend.choose(lengths.device)
+        self.native, self.launched = chosen == "cpu", chosen == "triton"
 
     @cached_property
     def groups(self) -> list[tuple[Prefix, Tensor]]:
@@ -284,8 +310,25 @@ class _Step:
         return torch.arange(self.count, device=self.lengths.device)
 
     @cached_property
-    def stack(self) -> Stack:
+    def joined(self) -> Joined:
         """The engine's, made anew once prompts have come."""
+        engine = self.engine
+        if engine.joined is None:
+            engine.joined = Joined(engine.prefixes)
+        return engine.joined
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The engine's, made anew once prompts or rows have come or gone."""
+        engine, joined = self.engine, self.joined
+        if engine.layout is None:
+            prompts = [joined.index[job.prompt] for job in engine.jobs]
+            engine.layout = Layout.of(prompts, joined.lengths, self.lengths.device)
+        return engine.layout
+
+    @cached_property
+    def stack(self) -> Stack:
+        """As `joined`."""
         engine = self.engine
         if engine.stack is None:
             engine.stack = Stack(engine.prefixes)
@@ -297,17 +340,34 @@ class _Step:
         return Rows(prompts, self.positions - self.lengths, self.lengths, self.longest, self.stack)
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        turn: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d)."""
+        """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d). turn: cos and sin (rows, d)
+        of a rotary embedding, by which q and k are turned first (on a GPU alone)."""
         self.calls += 1
         keys, values = self._room(layer, k, v)
         if self.native and q.dtype in DTYPES:
             return self._attend_natively(layer, q, k, v, keys, values, scaling, window, softcap)
-        keys[self.rows, :, self.lengths] = k[:, :, 0]
-        values[self.rows, :, self.lengths] = v[:, :, 0]
-        own = keys[: self.count, :, : self.longest], values[: self.count, :, : self.longest]
-        return attend(q[:, :, 0], self.stack.layer(layer), own, self.grouped, scaling, window, softcap).unsqueeze(2)
+        q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
+        if turn is None:
+            keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k, v
+        else:
+            q = layer_passes.rotate(q, k, v, turn, keys, values, self.lengths)
+        if self.launched and takes(q, v):
+            shared, own = self.joined.layer(layer), (keys, values)
+            result = shared_attention(q, shared, own, self.lengths, self.layout, scaling, window, softcap)
+        else:
+            own = keys[: self.count, :, : self.longest], values[: self.count, :, : self.longest]
+            result = attend(q, self.stack.layer(layer), own, self.grouped, scaling, window, softcap)
+        return result.unsqueeze(2)
 
     def _attend_natively(
         self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float, window: int | None, softcap
@@ -326,7 +386,7 @@ class _Step:
     def _room(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         engine = self.engine
         if layer not in engine.keys or engine.keys[layer].shape[2] < self.longest:
-            room = -(-self.longest // GROW) * GROW
+            room = -(-max(self.longest, engine.room if self.launched else 0) // GROW) * GROW
             for caches, new in ((engine.keys, k), (engine.values, v)):
                 grown = new.new_empty(engine.rows, new.shape[1], room, new.shape[3])
                 grown.zero_()  # places after a row's tokens get weight 0, but must be finite

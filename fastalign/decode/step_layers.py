@@ -1,5 +1,5 @@
-"""Decoder layers of Llama's form in a decoding step, each as about ten calls: queries, keys and values are one product,
-the gated MLP's halves another, with weights packed once.
+"""Decoder layers of Llama's form in a decoding step. On a CPU each is about ten calls: queries, keys and values are one
+product, the gated MLP's halves another, with weights packed once. On a GPU each is 13 launches, on the model's weights.
 
 A layer is taken only where that gives what its own forward gives; any other keeps its forward.
 """
@@ -7,9 +7,8 @@ A layer is taken only where that gives what its own forward gives; any other kee
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from fastalign import backend
 from fastalign._base.devices import free_memory
 from fastalign.decode.plan import planned
-from fastalign.models.compiled_layers import agree, eps_of, gated, normed, rotated, runs_natively
+from fastalign.models.compiled_layers import agree, eps_of, gated, normed, rotated
 from fastalign.models.linear_layers import PackedLayers, is_plain
-from fastalign.ops import products
+from fastalign.ops import layer_passes, products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the native passes
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the passes
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
 _HALVES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
@@ -49,10 +48,10 @@ class StepLayers:
         inside = {m for layer in taken for m in layer.modules()}
         linears = [m for m in model.modules() if is_plain(m) and m.weight is not head]
         room = free_memory() // 4 if spare is None else min(spare, free_memory() // 4)
-        if sum(m.weight.nbytes for m in linears) + head.nbytes > room:
+        if sum(m.weight.nbytes for m in linears) + head.nbytes > room or backend.choose(head.device) == "triton":
             rows = 1  # nothing is packed
         self.head = products.pack(head, rows)
-        self._layers = [(layer, _Layer(layer, attention, rows)) for layer, attention in taken.items()]
+        self._layers = [(layer, _form(layer, attention, rows)) for layer, attention in taken.items()]
         self.whole = len(taken) == model.config.get_text_config().num_hidden_layers
         self._others = PackedLayers([m for m in linears if m not in inside], rows)
 
@@ -93,6 +92,13 @@ class _Products:
             return [products.linear(x, m.weight, m.bias) for m in self._linears]
         return products.packed_linear(x, self._packed, self._bias).split_with_sizes(self._sizes, -1)
 
+    def onto(self, total: Tensor, x: Tensor) -> Tensor:
+        """total + x Wᵀ + b of the one layer, in place."""
+        (linear,) = self._linears
+        if linear.bias is None:
+            return total.addmm_(x, linear.weight.t())
+        return total.add_(products.linear(x, linear.weight, linear.bias))
+
 
 class _Layer:
     """The forward of one layer."""
@@ -119,8 +125,32 @@ class _Layer:
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
+    return normed(x, *_of_norm(module), 0.0)[0]
+
+
+def _of_norm(module: Any) -> tuple[Tensor, float]:
     eps: Any = eps_of(module)  # a number: the layer has been tried
-    return normed(x, module.weight, eps, 0.0)[0]
+    return module.weight, eps
+
+
+class _LaunchedLayer(_Layer):
+    """The same on a GPU: rotary embeddings and the cache's new tokens are one launch of the plan's."""
+
+    def __call__(
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: Any, **kwargs: object
+    ) -> Tensor:
+        x = hidden_states.flatten(0, 1)
+        before, behind = map(_of_norm, self._norms)
+        turn = tuple(y.flatten(0, 1) for y in position_embeddings)
+        q, k, v = (y.unflatten(-1, (-1, 1, self._width)) for y in self._qkv(layer_passes.norm(x, *before)))
+        layer, *settings = self._attention
+        (out,) = self._out(plan.attend(layer, q, k, v, *settings, turn=turn).flatten(1))
+        y, x = layer_passes.add_norm(out, x, *behind)
+        return self._down.onto(x, layer_passes.gate(*self._halves(y))).view_as(hidden_states)
+
+
+def _form(layer: Any, attention: _Attention, rows: int) -> _Layer:
+    return (_LaunchedLayer if _backend_of(layer) == "triton" else _Layer)(layer, attention, rows)
 
 
 # ---- which layers, and whether theirs is what is done here ----
@@ -132,22 +162,35 @@ _seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], _Attention | None]]
 def _attention_of(layer: nn.Module) -> _Attention | None:
     """Of a layer that may be taken; None for any other."""
     parts = dict(layer.named_modules())
-    if not {*_NORMS, *_LINEARS} <= parts.keys() or backend.native is None:
+    if not {*_NORMS, *_LINEARS} <= parts.keys():
         return None
     parameters = {name: p for name, p in layer.named_parameters() if not name.endswith("bias")}
     if (
         parameters.keys() != {f"{name}.weight" for name in (*_NORMS, *_LINEARS)}
         or not all(is_plain(parts[name]) for name in _LINEARS)
         or any(_watched(part) or "forward" in vars(part) for part in parts.values())
-        or not runs_natively(*layer.parameters(), dtypes=DTYPES)
-        or len({p.dtype for p in layer.parameters()}) > 1
-        or not all(p.any() for p in parameters.values())  # what is multiplied by 0 is not seen in a trial
+        or not _runs(*layer.parameters())
+        or len({(p.dtype, p.device) for p in layer.parameters()}) > 1
+        # What is multiplied by 0 is not seen in a trial.
+        or not all(p.is_meta or p.any() for p in parameters.values())
     ):
         return None
-    forwards: list[Any] = [type(part).forward for part in parts.values()]
+    forwards: list[Any] = [_backend_of(layer), *(type(part).forward for part in parts.values())]
     if layer not in _seen or _seen[layer][0] != forwards:
         _seen[layer] = forwards, _try(layer)
     return _seen[layer][1]
+
+
+def _runs(*parameters: Tensor) -> bool:
+    """Whether the backend in force has the passes for them."""
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        return False
+    chosen = {backend.choose(p.device) for p in parameters}
+    return chosen in ({"cpu"}, {"triton"}) and all(type(p) is nn.Parameter and p.dtype in DTYPES for p in parameters)
+
+
+def _backend_of(layer: Any) -> str:
+    return backend.choose(next(layer.parameters()).device)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -162,25 +205,41 @@ class _Recorded:
     def __init__(self) -> None:
         self.calls = []
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *settings: Any, turn: Any = None) -> Tensor:
         self.calls.append(_Attention(layer, *settings))
+        if turn is not None:
+            keys, values = torch.empty_like(k), torch.empty_like(v)
+            first = torch.zeros(len(k), dtype=torch.int64, device=k.device)
+            q = layer_passes.rotate(q[:, :, 0], k[:, :, 0], v[:, :, 0], turn, keys, values, first).unsqueeze(2)
+            k, v = keys, values
         return 0.5 * q + (k - 2 * v).repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
 @torch.inference_mode()
 def _try(layer: Any) -> _Attention | None:
+    parameters = list(layer.parameters())
+    device = torch.device("cpu") if parameters[0].is_meta else parameters[0].device
     draw = torch.Generator().manual_seed(0)
-    normal: Callable[..., Tensor] = functools.partial(torch.randn, generator=draw, dtype=torch.float32)
     theirs, ours = _Recorded(), _Recorded()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float32).to(device)
+
     try:
-        if next(layer.parameters()).dtype != torch.float32:  # in which the rounding hides nothing
+        if parameters[0].dtype != torch.float32:  # in which the rounding hides nothing
             layer = copy.deepcopy(layer).float()
+        if parameters[0].is_meta:  # there is only its form
+            layer = copy.deepcopy(layer).to_empty(device=device)
+            for p in layer.parameters():
+                p.copy_(normal(*p.shape) * p.shape[-1] ** -0.5)
         width, d = layer.self_attn.q_proj.in_features, layer.self_attn.head_dim
         arguments: dict[str, Any] = {"position_embeddings": (normal(3, 1, d), normal(3, 1, d)), "attention_mask": None}
-        x = normal(3, 1, width) * torch.tensor([1.0, 1e-3, 30.0])[:, None, None]  # norms may treat sizes differently
+        x = (
+            normal(3, 1, width) * torch.tensor([1.0, 1e-3, 30.0], device=device)[:, None, None]
+        )  # norms may treat sizes differently
         expected = type(layer).forward(layer, x, plan=theirs, **arguments)
         (attention,) = theirs.calls
-        result = _Layer(layer, attention, 1)(x, plan=ours, **arguments)
+        result = _form(layer, attention, 1)(x, plan=ours, **arguments)
     except Exception:  # another signature or shape: not this form
         return None
     return attention if agree(expected, result) else None

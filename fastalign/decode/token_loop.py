@@ -92,16 +92,14 @@ class TokenLoop:
             jobs = decoder.jobs[first:]
             with nullcontext() if self.backend == "auto" else backends.use_backend(self.backend):
                 drawn = decoder.sample(states, self.settings, rows=self._streams(jobs))
-            ids = drawn.ids.cpu()
-            for row in (ids < 0).nonzero():
-                at = len(self.ids[jobs[row]])
+            ids, log_probs = _read(drawn)
+            if min(ids) < 0:
+                at = len(self.ids[jobs[ids.index(min(ids))]])
                 raise UserError(f"{self.name}: the logits of new token {at} are NaN, or all of them -inf")
-            decoder.place(first, ids)
+            decoder.place(first, drawn.ids)
             over += [
                 first + row
-                for row, (job, *token) in enumerate(
-                    zip(jobs, ids.tolist(), drawn.log_probs.float().tolist(), strict=True)
-                )
+                for row, (job, *token) in enumerate(zip(jobs, ids, log_probs, strict=True))
                 if self._take(job, *token)
             ]
         ended = [decoder.jobs[row] for row in over]
@@ -138,3 +136,9 @@ class TokenLoop:
         ids.append(token)
         self.log_probs[job].append(log_prob)
         return len(ids) == self.settings.max_new_tokens or token in self.ends or self.stopped(job, ids)
+
+
+def _read(drawn: SampledTokens) -> tuple[list[int], list[float]]:
+    """Ids and log-probabilities in one copy from the device, since each waits for it."""
+    ids, log_probs = torch.stack([drawn.ids.double(), drawn.log_probs.float().double()]).cpu()
+    return ids.long().tolist(), log_probs.tolist()

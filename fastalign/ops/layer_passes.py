@@ -23,8 +23,9 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
 def rotate(
     q: Tensor, k: Tensor, v: Tensor, turn: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
 ) -> Tensor:
-    """q (rows, heads, d) turned by `turn`, the cos and sin (rows, d) of its rotary embedding (arXiv 2104.09864, halves);
-    k (rows, kv heads, d), turned, and v go to keys and values (rows or more, kv heads, room, d) at lengths (rows,)."""
+    """q (rows, heads, d) turned by `turn`, the cos and sin (rows, d) of its rotary embedding (of halves, arXiv
+    2104.09864); k (rows, kv heads, d), turned, and v are written to keys and values (rows or more, kv heads, room, d)
+    at lengths (rows,)."""
     return _rotate_op(q, k, v, *turn, keys, values, lengths)
 
 

@@ -81,8 +81,10 @@ def _prompts(
             seen = seen & (n[None, :] >= earliest[:, None])
         top, total, acc = _add_keys(x, k, v, seen, top, total, acc, to_cap, to_z, SOFTCAP, DOT)
     to = (split.to(tl.int64) * rows + row) * heads + of
-    tl.store(logs + to, tl.where(total == 0, float("-inf"), top + tl.log2(total)), mask=live)
-    acc /= tl.where(total == 0, 1, total)[:, None]
+    unseen = total == 0
+    total = tl.where(unseen, 1, total)
+    tl.store(logs + to, tl.where(unseen, float("-inf"), top + tl.log2(total)), mask=live)
+    acc /= total[:, None]
     tl.store(parts + to[:, None] * DV + dv[None, :], acc, mask=live[:, None] & (dv < DV)[None, :])
 
 
@@ -129,7 +131,9 @@ def _rows(
         top = now
     acc /= total[:, None]
     to = row * heads + of
-    tl.store(out + to[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & (dv < DV)[None, :])
+    tl.store(
+        out + to[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & (dv < DV)[None, :]
+    )
 
 
 def prompts(

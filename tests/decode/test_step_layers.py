@@ -123,3 +123,18 @@ def test_weights_are_packed_where_memory_is_free(free, spare, monkeypatch):
 
 def test_the_engines_own_trial_takes_these_layers():
     assert taken(build("Llama", GROUPED), rows=4) == 2  # though it packs nothing for so few rows
+
+
+@pytest.mark.skipif(not backend.interpreted(), reason="TRITON_INTERPRET=0")
+def test_on_a_gpu_the_same_layers_are_taken_and_give_the_models_logits():
+    model, left = build("Llama with biases", BIASES), build("Granite", LEFT["Granite"])
+    prompt, tails = [5, 9, 11, 40, 7], [[3, 70], [60, 2]]
+    with backend.use_backend("triton"):
+        assert (taken(model), taken(left)) == (2, 0)
+        result = step_by_step(model, prompt, tails)
+        assert (taken(model.to("meta")), taken(left.to("meta"))) == (2, 0)
+    model = build("Llama with biases", BIASES)
+    with torch.no_grad():
+        for row, tail in zip(result, tails, strict=True):
+            expected = model(input_ids=torch.tensor([prompt + tail])).logits[0, len(prompt) - 1 :]
+            torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

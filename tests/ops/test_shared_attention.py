@@ -46,8 +46,8 @@ def test_the_kernels_equal_the_reference(heads, kv, d, dv, own, window, softcap,
     result = op.shared_attention(q, shared, caches, lengths, layout, d**-0.5, window, softcap)
     ends = layout.bounds.tolist()
     spans = [(ends[prompt], ends[prompt + 1]) for prompt in ROWS]
-    wide = [[x.double() for x in pair] for pair in ((q,), shared, (x[: len(ROWS)] for x in caches))]
-    expected = reference.shared_attention(*sum(wide, []), spans, lengths.tolist(), d**-0.5, window, softcap)
+    wide = [x.double() for x in (q, *shared, *(cache[: len(ROWS)] for cache in caches))]
+    expected = reference.shared_attention(*wide, spans, lengths.tolist(), d**-0.5, window, softcap)
     assert result.dtype == dtype and result.shape == expected.shape == (len(ROWS), heads, dv)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(result.double(), expected, rtol=max(1e-5, 2 * eps), atol=max(1e-5, eps))
