@@ -48,8 +48,8 @@ def shared_attention(q: Tensor, values: Tensor) -> Tensor:
 
 def shared_attention_prompts(q: Tensor, values: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     """Each share's output (splits, rows, heads, dv), and the log of its weights' sum (splits, rows, heads)."""
-    shape = (splits, *q.shape[:2])
-    return tuple(q.new_empty(one, dtype=torch.float32) for one in ((*shape, values.shape[-1]), shape))
+    logs = q.new_empty(splits, *q.shape[:2], dtype=torch.float32)
+    return logs.new_empty(*logs.shape, values.shape[-1]), logs
 
 
 def resample(log_weights: Tensor, k: int) -> Tensor:

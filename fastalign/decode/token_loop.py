@@ -99,8 +99,8 @@ class TokenLoop:
             decoder.place(first, drawn.ids)
             over += [
                 first + row
-                for row, (job, *token) in enumerate(zip(jobs, ids, log_probs, strict=True))
-                if self._take(job, *token)
+                for row, (job, token, log_prob) in enumerate(zip(jobs, ids, log_probs, strict=True))
+                if self._take(job, token, log_prob)
             ]
         ended = [decoder.jobs[row] for row in over]
         decoder.drop(over)
