@@ -1,0 +1,131 @@
+"""What whole steps take of a GPU, traced without one: launches, peak memory and how often the host waits stay within
+budgets. Tighten one when it is beaten."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from grpo_setup import completions_of
+from grpo_setup import trainer as grpo_trainer
+from tiny import tiny_folder, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from fastalign import palette
+from fastalign.palette import setup
+from fastalign.palette.passes import DevicePass
+from fastalign.train import DPOConfig, DPOTrainer, GRPOTrainer
+
+pytest.importorskip("triton")
+GB = 2**30
+
+
+@pytest.fixture(scope="module")
+def costs():
+    path = Path(__file__).parents[2] / "tools" / "gpu_costs.py"
+    spec = importlib.util.spec_from_file_location("gpu_costs", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_costs"] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "options, gigabytes, launches",
+    [
+        ({}, 1.5, 100),
+        ({"budget": 4 << 30}, 3.85, 180),  # tiles kept: three products for four
+        ({"frozen": True}, 0.4, 160),
+        ({"backward": False}, 0.01, 12),
+        ({"vocab": 131_072, "statistics": 1}, 1.35, 90),
+    ],
+    ids=str,
+)
+def test_the_fused_head_at_8192_tokens(costs, options, gigabytes, launches):
+    from fastalign.bench.gpu_linear_token_logprobs import Setting, _build
+
+    found = costs.traced(_build(Setting(**options), "meta", False).run)
+    assert found.bytes < gigabytes * GB and found.launches <= launches and not found.waits
+
+
+def test_what_is_freed_no_longer_counts(costs):
+    x = torch.empty(1 << 20, device="meta")  # 4 MB, there before
+
+    def run():
+        y = x + 1
+        del y
+        z = x.view(2, -1) * 2
+        return z, z.sum()
+
+    found = costs.traced(run)
+    assert found.bytes == x.nbytes + 4 and found.launches == 3
+    assert costs.traced(lambda: torch.ones(3)[torch.ones(3) > 0].sum().item()).waits.total() == 2
+
+
+def test_the_table_has_every_case(costs, tmp_path, capsys):
+    assert costs.main(["gae", "--table", str(tmp_path / "costs.md")]) == 0
+    lines = (tmp_path / "costs.md").read_text().splitlines()
+    assert lines[2] == "| gae | 512 × 128 float32 | _gae 1 | 0 | 1 | 0.5 MB |" and len(lines) > 5
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_solving_a_palette(costs, monkeypatch):
+    rewards = np.random.default_rng(0).normal(size=(5000, 3))
+    passes, call = [], DevicePass.__call__
+
+    def counted(self, lam):
+        passes.append(1)
+        return call(self, lam)
+
+    monkeypatch.setattr(DevicePass, "__call__", counted)
+    monkeypatch.setattr(setup, "ArrayPass", lambda given, **options: DevicePass(torch.from_numpy(given), **options))
+    solutions = []
+    found = costs.traced(lambda: solutions.append(palette.solve(rewards, [0.3, 0.2, 0.1])))
+    assert solutions[0].kkt_residual < 1e-9
+    assert found.kernels == {"_joint": len(passes), "_merge": len(passes)} and len(passes) <= 12
+    assert found.operations.total() <= len(passes) and not found.waits
+
+
+def steps(costs, trainer):
+    """The costs of each training step of `trainer`."""
+    found, step = [], trainer.training_step
+
+    def traced(*args):
+        result = []
+        found.append(costs.traced(lambda: result.append(step(*args))))
+        return result[0]
+
+    trainer.training_step = traced
+    trainer.train()
+    return found
+
+
+def dpo_trainer(folder, out):
+    texts = ("the cat sat", " on the mat", " under a red hat")
+    rows = [dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))] * 4
+    config = DPOConfig(
+        str(out), report_to=[], per_device_train_batch_size=4, use_cpu=True, bf16=False, max_steps=1,
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer())
+
+
+def grpo(folder, out):
+    return grpo_trainer(GRPOTrainer, folder, out, max_steps=1, more={"rollout_func": completions_of})
+
+
+@pytest.mark.parametrize(
+    "trainer, megabytes, launches, waits", [(dpo_trainer, 0.9, 460, 21), (grpo, 0.42, 590, 40)], ids=["dpo", "grpo"]
+)
+def test_a_training_step(costs, tmp_path, monkeypatch, trainer, megabytes, launches, waits):
+    """Of a Llama of two layers and 4 pairs or 8 completions: forward and backward passes, reference, metrics."""
+    monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path / "cache"))
+    folder = str(tiny_folder(tmp_path / "model", scale=3.0))
+    (found,) = steps(costs, trainer(folder, tmp_path / "out"))
+    assert found.kernels == {"forward_tiles": 1, "merge_tiles": 1, "gradient_tiles": 1}
+    assert found.bytes < megabytes * 2**20
+    assert found.launches <= launches and found.waits.total() <= waits
