@@ -1,11 +1,12 @@
 """The GPU kernels on a real GPU: correctness, speed, share of the hardware's limits, and comparison with peers.
 
-    python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N] [--minutes M]
+    python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N] [--minutes M] [--dry-run]
 
 Every case is first checked against the float64 reference; then ours and the installed peers are timed in turn
-with the device's own events (a cache-sized buffer is cleared before each call). Writes gpu.json and gpu.md after each
-case, which name the device, driver and versions; a run on the same goes on where the last one ended. The first case of
-every op comes first, the head's before all. Without a GPU it says so and exits 0.
+with the device's own events (a cache-sized buffer is cleared before each call); calls so short that Python's launches
+fill them are also timed as CUDA graphs. Writes gpu.json and gpu.md after each case, which name the device, driver and
+versions; a run on the same goes on where the last one ended. The first case of every op comes first, the head's before
+all. Without a GPU it says so and exits 0; --dry-run lists there what it would measure.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import fastalign
 from fastalign._base.files import atomic_write, write_json
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "flashinfer-python")
+SHORT = 0.2  # ms
 CACHE_BYTES = 256 << 20  # more than any second-level cache: no call profits from the previous one
 
 
@@ -39,13 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"), help="folder of the results")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each, in turn")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after that time")
+    parser.add_argument("--dry-run", action="store_true", help="list the cases in order and measure nothing")
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("no GPU here (torch.cuda.is_available() is False): nothing measured")
-        return 0
     wanted = in_order([(op, case) for op, case in cases() if not options.ops or op in options.ops])
     if not wanted:
         parser.error(f"no kernel is named {', '.join(options.ops)}")
+    if options.dry_run:
+        print("\n".join(plan(wanted)))
+        return 0
+    if not torch.cuda.is_available():
+        print("no GPU here (torch.cuda.is_available() is False): nothing measured")
+        return 0
     began, where = time.monotonic(), machine()
     everything = earlier(options.out / "gpu.json", where) or {
         "machine": where,
@@ -77,6 +83,19 @@ def in_order(wanted: list[tuple[str, KernelCase]]) -> list[tuple[str, KernelCase
         counts[op] = counts.get(op, -1) + 1
         places.append((counts[op], op != "linear_token_logprobs", len(places), op, case))
     return [(op, case) for *_, op, case in sorted(places, key=lambda place: place[:3])]
+
+
+def plan(wanted: list[tuple[str, KernelCase]]) -> list[str]:
+    """What would be measured, one case a line, and against which packages."""
+    found = versions()
+    lines = [f"peers installed: {', '.join(found)}; not installed: {', '.join(p for p in PACKAGES if p not in found)}"]
+    for op, case in wanted:
+        work = case.build("meta", False)
+        parts = [f"{op}: {case.name}", f"moves {work.bytes / 1e6:,.1f} MB"]
+        parts += [f"multiplies {work.flops / 1e12:,.2f} TFLOP"] if work.flops else []
+        parts += [f"published: {case.published}"] if case.published else []
+        lines.append("; ".join(parts))
+    return lines
 
 
 def earlier(path: Path, where: dict[str, Any]) -> dict[str, Any] | None:
@@ -116,6 +135,15 @@ def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[s
         seconds = result["ms"]["fastalign"]["p50"] / 1e3
         result["bandwidth"] = work.bytes / seconds / ceilings["bytes_per_s"]
         result["flop_rate"] = work.flops / seconds / ceilings["flops_per_s"]
+        result["graph_ms"] = {}
+        for name, call in calls.items():
+            if result["ms"][name]["p50"] < SHORT:
+                try:
+                    replay = captured(call)
+                    result["graph_ms"][name] = quantiles([milliseconds(replay, flush) for _ in range(rounds)])
+                except Exception as error:  # what waits for the device cannot be captured
+                    failed = result.setdefault("graphs_failed", {})
+                    failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     except Exception as error:  # one broken kernel must not hide the others
         result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return result
@@ -129,6 +157,19 @@ def milliseconds(call: Callable[[], Any], flush: torch.Tensor) -> float:
     ended.record()
     torch.cuda.synchronize()
     return began.elapsed_time(ended)
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call's kernels without Python's launches of them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def peak_mb(call: Callable[[], Any]) -> float:
@@ -156,14 +197,19 @@ def product_rate() -> float:
     return 2 * 8192**3 / (min(milliseconds(lambda: a @ b, flush) for _ in range(10)) / 1e3)
 
 
-def machine() -> dict[str, Any]:
-    """The machine on which the numbers were measured."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of the PACKAGES that are installed."""
+    found = {}
     for name in PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine on which the numbers were measured."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
@@ -174,7 +220,7 @@ def machine() -> dict[str, Any]:
         "driver": driver,
         "cuda": torch.version.cuda,
         "fastalign": fastalign.__version__,
-        "versions": versions,
+        "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -185,6 +231,8 @@ def line(result: dict[str, Any]) -> str:
         return f"{title}: WRONG, {result['error']}"
     ours = result["ms"]["fastalign"]["p50"]
     parts = [f"{ours:.3f} ms, {result['bandwidth']:.0%} of copy, {result['flop_rate']:.0%} of GEMM"]
+    graphs = {name: t["p50"] for name, t in result.get("graph_ms", {}).items()}
+    parts += [f"{graphs['fastalign']:.3f} ms as a graph"] if "fastalign" in graphs else []
     parts += [f"{t['p50'] / ours:.2f} × {name}" for name, t in result["ms"].items() if name != "fastalign"]
     return f"{title}: {', '.join(parts)}" + (f" (published: {result['published']})" if result["published"] else "")
 
@@ -201,16 +249,20 @@ def table(everything: dict[str, Any]) -> str:
             lines.append(f"| {r['op']} | {r['name']} | WRONG: {r['error']} | | | | | | {r['published']} |")
             continue
         ours, mine = r["ms"]["fastalign"], r["peak_mb"]["fastalign"]
+        graphs = {name: t["p50"] for name, t in r.get("graph_ms", {}).items()}
+        graph = f"; as a graph {graphs['fastalign']:.3f} ms" if "fastalign" in graphs else ""
         start = (
-            f"| {r['op']} | {r['name']} | {ours['p50']:.3f} ms ({ours['p20']:.3f}–{ours['p80']:.3f}) | "
+            f"| {r['op']} | {r['name']} | {ours['p50']:.3f} ms ({ours['p20']:.3f}–{ours['p80']:.3f}){graph} | "
             f"{r['bandwidth']:.0%} | {r['flop_rate']:.0%} |"
         )
         peers = [name for name in r["ms"] if name != "fastalign"]
         if not peers:
             lines.append(f"{start} | | {mine:,.0f} MB | {r['published']} |")
         for name in peers:
+            both = "fastalign" in graphs and name in graphs
+            of_graphs = f", as graphs {graphs[name] / graphs['fastalign']:.2f} ×" if both else ""
             lines.append(
-                f"{start} {name} | **{r['ms'][name]['p50'] / ours['p50']:.2f} ×** | "
+                f"{start} {name} | **{r['ms'][name]['p50'] / ours['p50']:.2f} ×**{of_graphs} | "
                 f"{r['peak_mb'][name]:,.0f} → {mine:,.0f} MB | {r['published']} |"
             )
         for name, why in r.get("peers_failed", {}).items():

@@ -78,17 +78,18 @@ def check(logits, options, ids, log_probs) -> None:
 
 
 def peers(logits, options):
-    from transformers.generation import logits_process as process
-
     if options.get("temperature") == 0.0:
         return {"argmax": lambda: logits.argmax(-1)}
-    kinds = {"top_k": process.TopKLogitsWarper, "top_p": process.TopPLogitsWarper, "min_p": process.MinPLogitsWarper}
-    chain = [kind(options[name]) for name, kind in kinds.items() if name in options]
+    kinds = {"top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper", "min_p": "MinPLogitsWarper"}
+    chain = {kind: options[name] for name, kind in kinds.items() if name in options}
 
     def warped():
         scores = logits.float()
-        for warper in chain:
-            scores = warper(None, scores)
+        if chain:
+            from transformers.generation import logits_process
+
+            for kind, value in chain.items():
+                scores = getattr(logits_process, kind)(value)(None, scores)
         return scores.softmax(-1).multinomial(1)
 
     result = {"transformers' warpers + softmax + multinomial" if chain else "softmax + multinomial": warped}

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from pathlib import Path
 
@@ -141,12 +141,19 @@ def inspect(op: str, case: str, kernel, device: str) -> Report:
     )
 
 
-def _nvidia(kernel) -> dict:
+@lru_cache(maxsize=1)  # the disassembler is slow
+def dumped(cubin: bytes, what: str) -> str:
+    """A cubin's "resource-usage" or "sass"."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("cuobjdump", "--dump-sass", file.name)
+        path = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        return subprocess.run([path, f"--dump-{what}", file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _nvidia(kernel) -> dict:
+    usage = dumped(kernel.asm["cubin"], "resource-usage")
+    sass = dumped(kernel.asm["cubin"], "sass")
     loads = re.findall(r"\b(?:LDG|LDGSTS)((?:\.\w+)+)", sass)
     widths = [int((re.search(r"\.(64|128|256)\b", suffix) or [0, 32])[1]) for suffix in loads]
     bulk = 1024 if re.search(r"\bUTMALDG|\bUBLKCP", sass) else 0
@@ -202,11 +209,6 @@ def _amd(kernel) -> dict:
     }
 
 
-def _tool(name: str, *args: str) -> str:
-    path = Path(nvidia.__file__).parent / "bin" / name
-    return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
-
-
 def reports(ops: list[str], turns: list[str] | None, device: str) -> tuple[list[Report], list[str]]:
     """Every kernel of every case of the ops (default: all) on one device, each distinct compilation once; and what does
     not compile.
@@ -233,9 +235,13 @@ def reports(ops: list[str], turns: list[str] | None, device: str) -> tuple[list[
     return result, broken
 
 
-def table(found: list[Report]) -> str:
+def page(found: list[Report], faults: int) -> str:
     """Markdown, one line per kernel."""
     lines = [
+        "# GPU kernels compiled",
+        "",
+        f"`python tools/compile_gate.py` with Triton {triton.__version__}: {len(found)} kernels, {faults} faults.",
+        "",
         "| op | kernel | case | device | warps | registers | spills | shared memory | tensor cores | widest load |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -257,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="every fourth case, different ones each day, for one target each: a sixteenth of all",
     )
-    parser.add_argument("--table", type=Path, help="write the Markdown table there")
+    parser.add_argument("--table", type=Path, help="write the page there, with a table of all kernels")
     options = parser.parse_args(argv)
     unknown = set(options.ops) - set(kernels.names())
     if unknown:
@@ -280,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
     if options.table:
         with atomic_write(options.table) as path:
-            path.write_text(table(result))
+            path.write_text(page(result, len(faults)))
     print(f"{len(result)} kernels compiled with Triton {triton.__version__}, {len(faults)} faults")
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-WRITTEN_BY_TOOLS = ("models", "bytes_moved", "compile_gate", "commands", "versions")
+WRITTEN_BY_TOOLS = ("models", "bytes_moved", "compile_gate", "gpu_roofline", "commands", "versions")
 MODELS = ("positive", "harmless", "coherent", "base", "a", "b", "model", "tuned", "tiny")
 ADAPTERS = ("polite", "brief")
 STEPS = {  # what a page may read that another one wrote

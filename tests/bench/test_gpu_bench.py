@@ -27,14 +27,24 @@ def test_without_a_gpu_it_says_so_and_succeeds(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_lists_the_cases_in_order(gpu, capsys):
+    assert gpu.main(["gae", "linear_token_logprobs", "--dry-run"]) == 0
+    peers, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "torch" in peers and "not installed" in peers
+    assert first.startswith("linear_token_logprobs: forward and backward 8,192") and "multiplies 40.79 TFLOP" in first
+    assert second == "gae: 512 × 128 float32; moves 1.1 MB"
+
+
 def test_the_table_names_device_driver_and_versions_and_shows_what_failed(gpu):
     times = {"fastalign": {"p20": 1.0, "p50": 2.0, "p80": 3.0}, "peer": {"p20": 4.0, "p50": 5.0, "p80": 6.0}}
     good = {"op": "gae", "name": "a", "published": "7 ms", "error": "", "ms": times, "bandwidth": 0.5, "flop_rate": 0.0}
     good |= {"peak_mb": {"fastalign": 1.0, "peer": 2.0}, "peers_failed": {"other": "ImportError: x"}}
+    good["graph_ms"] = {"fastalign": {"p50": 1.0}, "peer": {"p50": 4.0}}
     bad = {"op": "gae", "name": "b", "published": "", "error": "AssertionError: off by 1", "ms": {}, "peak_mb": {}}
     where = {"device": "D1", "driver": "9.9", "cuda": "13", "fastalign": "0", "versions": {"torch": "2"}, "date": "d"}
     text = gpu.table({"machine": where, "ceilings": {"bytes_per_s": 3e12, "flops_per_s": 8e14}, "results": [good, bad]})
-    assert "**2.50 ×**" in text and "2 → 1 MB" in text and "7 ms" in text
+    assert "**2.50 ×**, as graphs 4.00 ×" in text and "2 → 1 MB" in text and "7 ms" in text
+    assert "as a graph 1.000 ms" in text and "1.000 ms as a graph" in gpu.line(good)
     assert "failed: ImportError: x" in text and "WRONG: AssertionError: off by 1" in text
     assert all(word in text for word in ("D1", "driver 9.9", "torch 2", "3.00 TB/s", "800 TFLOP/s"))
     assert "WRONG" in gpu.line(bad) and "2.50 × peer" in gpu.line(good)
