@@ -22,9 +22,13 @@ def cases() -> Iterator[KernelCase]:
     ):
         name = f"norm {rows} × {width:,} {str(dtype)[6:]}{' of a sum' * added}"
         yield KernelCase(name, partial(_norm, rows, width, dtype, added), streaming=False)
-    for rows, heads, kv, d, dtype in ((64, 32, 8, 128, b16), (512, 9, 3, 64, f32), (64, 32, 32, 80, b16)):
-        name = f"rotate {rows}, {heads} heads and {kv} × {d} {str(dtype)[6:]}"
-        yield KernelCase(name, partial(_rotate, rows, heads, kv, d, dtype), streaming=False)
+    for rows, heads, kv, d, dtype, normed in (
+        (64, 32, 8, 128, b16, True),
+        (512, 9, 3, 64, f32, False),
+        (64, 32, 32, 80, b16, False),
+    ):
+        name = f"rotate {rows}, {heads} heads and {kv} × {d} {str(dtype)[6:]}{' normed' * normed}"
+        yield KernelCase(name, partial(_rotate, rows, heads, kv, d, dtype, normed), streaming=False)
     for rows, width, dtype in ((64, 14_336, b16), (512, 14_336, b16), (64, 1536, f32)):
         yield KernelCase(f"gate {rows} × {width:,} {str(dtype)[6:]}", partial(_gate, rows, width, dtype))
 
@@ -56,21 +60,23 @@ def _norm(rows: int, width: int, dtype: torch.dtype, added: bool, device: str, s
     return Work(run, x.nbytes * (4 if added else 2) + weight.nbytes, check=check)
 
 
-def _rotate(rows: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: str, small: bool) -> Work:
+def _rotate(rows: int, heads: int, kv: int, d: int, dtype: torch.dtype, normed: bool, device: str, small: bool) -> Work:
     if small:
         rows, heads, kv = 3, 3, 1
     q, k, v = (_tensor(rows, n, d, dtype=dtype, device=device) for n in (heads, kv, kv))
     cos, sin = (_tensor(rows, d, dtype=dtype, device=device) for _ in range(2))
     keys, values = (_tensor(rows, kv, 64, d, dtype=dtype, device=device) for _ in range(2))
     lengths = torch.full((rows,), 40, device=device)
+    weight = _tensor(d, dtype=dtype, device=device) if normed else None
 
     def run():
-        return kernel.rotate(q, k, v, cos, sin, keys, values, lengths)
+        return kernel.rotate(q, k, v, cos, sin, weight, weight, 1e-6, 1e-6, keys, values, lengths)
 
     def check():
         def turned(x: Tensor) -> Tensor:
-            a, b = x.double().chunk(2, -1)
-            return x.double() * cos.double()[:, None] + torch.cat([-b, a], -1) * sin.double()[:, None]
+            x = x.double() if weight is None else F.rms_norm(x.double(), (d,), weight.double(), 1e-6)
+            a, b = x.chunk(2, -1)
+            return x * cos.double()[:, None] + torch.cat([-b, a], -1) * sin.double()[:, None]
 
         _close(run(), turned(q))
         _close(keys[:, :, 40], turned(k))

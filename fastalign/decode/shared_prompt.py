@@ -348,10 +348,10 @@ class _Step:
         scaling: float,
         window: int | None,
         softcap: float | None,
-        turn: tuple[Tensor, Tensor] | None = None,
+        turn: layer_passes.Turn | None = None,
     ) -> Tensor:
-        """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d). turn: cos and sin (rows, d)
-        of a rotary embedding, by which q and k are turned first (on a GPU alone)."""
+        """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d). turn: what is first done to
+        q and k, on a GPU alone."""
         self.calls += 1
         keys, values = self._room(layer, k, v)
         if self.native and q.dtype in DTYPES:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastalign import backend
 from fastalign._base.devices import free_memory
+from fastalign._base.whole_sums import whole_sums
 from fastalign.decode.plan import planned
 from fastalign.models.compiled_layers import agree, eps_of, gated, normed, rotated
 from fastalign.models.linear_layers import PackedLayers, is_plain
@@ -29,6 +30,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
 _HALVES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 _LINEARS = (*_QKV, _OUT, *_HALVES, _DOWN)
+_HEAD_NORMS = "self_attn.q_norm", "self_attn.k_norm"  # Qwen3's, which are taken on a GPU
 
 
 class StepLayers:
@@ -134,14 +136,19 @@ def _of_norm(module: Any) -> tuple[Tensor, float]:
 
 
 class _LaunchedLayer(_Layer):
-    """The same on a GPU: rotary embeddings and the cache's new tokens are one launch of the plan's."""
+    """The same on a GPU: norms of heads, rotary embeddings and the cache's new tokens are one launch of the plan's."""
+
+    def __init__(self, layer: Any, attention: _Attention, rows: int):
+        super().__init__(layer, attention, rows)
+        parts = dict(layer.named_modules())
+        self._heads = [_of_norm(parts[name]) if name in parts else (None, 0.0) for name in _HEAD_NORMS]
 
     def __call__(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: Any, **kwargs: object
     ) -> Tensor:
         x = hidden_states.flatten(0, 1)
         before, behind = map(_of_norm, self._norms)
-        turn = tuple(y.flatten(0, 1) for y in position_embeddings)
+        turn = layer_passes.Turn(*(y.flatten(0, 1) for y in position_embeddings), self._heads)
         q, k, v = (y.unflatten(-1, (-1, 1, self._width)) for y in self._qkv(layer_passes.norm(x, *before)))
         layer, *settings = self._attention
         (out,) = self._out(plan.attend(layer, q, k, v, *settings, turn=turn).flatten(1))
@@ -165,8 +172,11 @@ def _attention_of(layer: nn.Module) -> _Attention | None:
     if not {*_NORMS, *_LINEARS} <= parts.keys():
         return None
     parameters = {name: p for name, p in layer.named_parameters() if not name.endswith("bias")}
+    known = [{f"{name}.weight" for name in (*_NORMS, *_LINEARS)}]
+    if _backend_of(layer) == "triton":
+        known.append(known[0] | {f"{name}.weight" for name in _HEAD_NORMS})
     if (
-        parameters.keys() != {f"{name}.weight" for name in (*_NORMS, *_LINEARS)}
+        parameters.keys() not in known
         or not all(is_plain(parts[name]) for name in _LINEARS)
         or any(_watched(part) or "forward" in vars(part) for part in parts.values())
         or not _runs(*layer.parameters())
@@ -237,9 +247,10 @@ def _try(layer: Any) -> _Attention | None:
         x = (
             normal(3, 1, width) * torch.tensor([1.0, 1e-3, 30.0], device=device)[:, None, None]
         )  # norms may treat sizes differently
-        expected = type(layer).forward(layer, x, plan=theirs, **arguments)
-        (attention,) = theirs.calls
-        result = _form(layer, attention, 1)(x, plan=ours, **arguments)
+        with whole_sums():
+            expected = type(layer).forward(layer, x, plan=theirs, **arguments)
+            (attention,) = theirs.calls
+            result = _form(layer, attention, 1)(x, plan=ours, **arguments)
     except Exception:  # another signature or shape: not this form
         return None
     return attention if agree(expected, result) else None

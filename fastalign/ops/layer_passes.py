@@ -4,10 +4,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastalign.ops.library import define
+
+
+class Turn(NamedTuple):
+    """What is done to queries and keys: an RMSNorm of each head by (weight (d,), eps), unless the weight is None; then
+    the rotary embedding of halves, by cos and sin (rows, d) (arXiv 2104.09864)."""
+
+    cos: Tensor
+    sin: Tensor
+    norms: Sequence[tuple[Tensor | None, float]] = ((None, 0.0), (None, 0.0))
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,13 +32,11 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
     return _norm_op(x, residual, weight, eps)
 
 
-def rotate(
-    q: Tensor, k: Tensor, v: Tensor, turn: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
-) -> Tensor:
-    """q (rows, heads, d) turned by `turn`, the cos and sin (rows, d) of its rotary embedding (of halves, arXiv
-    2104.09864); k (rows, kv heads, d), turned, and v are written to keys and values (rows or more, kv heads, room, d)
-    at lengths (rows,)."""
-    return _rotate_op(q, k, v, *turn, keys, values, lengths)
+def rotate(q: Tensor, k: Tensor, v: Tensor, turn: Turn, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """q (rows, heads, d) turned; k (rows, kv heads, d), turned, and v are written to keys and values (rows or more, kv
+    heads, room, d) at lengths (rows,)."""
+    (q_weight, q_eps), (k_weight, k_eps) = turn.norms
+    return _rotate_op(q, k, v, turn.cos, turn.sin, q_weight, k_weight, q_eps, k_eps, keys, values, lengths)
 
 
 def gate(g: Tensor, u: Tensor) -> Tensor:
@@ -41,8 +51,8 @@ _norm_op = define(
     triton="layer_passes.norm",
 )
 _rotate_op = define(
-    "layer_rotate(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor lengths) -> Tensor",
+    "layer_rotate(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
+    "float q_eps, float k_eps, Tensor(a!) keys, Tensor(b!) values, Tensor lengths) -> Tensor",
     None,
     lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
     triton="layer_passes.rotate",

@@ -5,9 +5,6 @@ tile that are all 0, and join parts of an online softmax on the way. Its blocks 
 that its loop has no branch and the loads run ahead.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import triton
 import triton.language as tl
@@ -16,16 +13,13 @@ from fastalign.kernels._softmax import compute_type
 from torch import Tensor
 from triton.runtime import driver
 
+from fastalign._base.whole_sums import whole_sums
+
 TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
-}
-WHOLE_SUMS = {
-    "fp32_precision": "ieee",
-    "allow_bf16_reduced_precision_reduction": False,
-    "allow_fp16_reduced_precision_reduction": False,
 }
 ADDS_IN_PLACE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)  # float32 += bfloat16 @ bfloat16
 
@@ -125,20 +119,6 @@ def product(
         num_warps=blocks.warps, num_stages=blocks.stages if on_nvidia(out.device) else min(blocks.stages, 2),
         **options(dot, out.device),
     )  # fmt: skip
-
-
-@contextmanager
-def whole_sums() -> Iterator[None]:
-    """The library's products in full float32, with partial sums of narrow ones in float32: whatever the user allows."""
-    switches, before = torch.backends.cuda.matmul, {}
-    for name, value in WHOLE_SUMS.items():
-        before[name] = getattr(switches, name)
-        setattr(switches, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(switches, name, value)
 
 
 @whole_sums()

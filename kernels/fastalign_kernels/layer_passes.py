@@ -1,8 +1,8 @@
 """layer_passes: the small passes of a decoder layer in a step of decoding, one launch each.
 
 `norm`: RMSNorm, a program a row, after adding the residual if there is one. `rotate`: queries and keys turned by their
-rotary embedding, and the new keys and values written to their places in the cache; a program a row and head. `gate`:
-silu(g) u, by blocks.
+rotary embedding, after a norm of each head if there is one, and the new keys and values written to their places in the
+cache; a program a row and head. `gate`: silu(g) u, by blocks.
 
 Bytes: each input read once, each output written once.
 """
@@ -36,23 +36,29 @@ def _norm(y, total, x, residual, weight, x_row, residual_row, width, eps, BLOCK:
 
 
 @triton.jit
-def _turn(out, x, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """out = x cos + (-x's second half, its first) sin, of 2 HALF numbers."""
-    i = tl.arange(0, BLOCK)
-    inside = i < HALF
-    a, b = (tl.load(x + i, mask=inside, other=0).to(tl.float32), tl.load(x + HALF + i, mask=inside, other=0))
-    b = b.to(tl.float32)
-    cos_a, sin_a = tl.load(cos + i, mask=inside, other=0), tl.load(sin + i, mask=inside, other=0)
-    cos_b, sin_b = tl.load(cos + HALF + i, mask=inside, other=0), tl.load(sin + HALF + i, mask=inside, other=0)
-    first = a * cos_a.to(tl.float32) - b * sin_a.to(tl.float32)
-    second = b * cos_b.to(tl.float32) + a * sin_b.to(tl.float32)
-    tl.store(out + i, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + HALF + i, second.to(out.dtype.element_ty), mask=inside)
+def _half(x, at, inside):
+    return tl.load(x + at, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
+def _turn(out, x, weight, eps, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x cos + (-x's second half, its first) sin, of 2 HALF numbers, x normed by `weight` unless that is None."""
+    i = tl.arange(0, BLOCK)
+    inside, j = i < HALF, HALF + i
+    a, b = _half(x, i, inside), _half(x, j, inside)
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(a * a + b * b) / (2 * HALF) + eps)
+        a *= scale * _half(weight, i, inside)
+        b *= scale * _half(weight, j, inside)
+    first = a * _half(cos, i, inside) - b * _half(sin, i, inside)
+    second = b * _half(cos, j, inside) + a * _half(sin, j, inside)
+    tl.store(out + i, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + j, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["q_eps", "k_eps"])
 def _rotate(
-    out, q, k, v, cos, sin, keys, values, lengths, heads,
+    out, q, k, v, cos, sin, q_weight, k_weight, keys, values, lengths, heads, q_eps, k_eps,
     q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row,
     key_row, key_head, key_step, value_row, value_head, value_step,
     HALF: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -61,12 +67,13 @@ def _rotate(
     cos += row * cos_row
     sin += row * sin_row
     if head < heads:
-        _turn(out + (row * heads + head) * (2 * HALF), q + row * q_row + head * q_head, cos, sin, HALF, BLOCK)
+        to = out + (row * heads + head) * (2 * HALF)
+        _turn(to, q + row * q_row + head * q_head, q_weight, q_eps, cos, sin, HALF, BLOCK)
     else:
         head -= heads
         place = tl.load(lengths + row)
-        to = keys + row * key_row + head.to(tl.int64) * key_head + place * key_step
-        _turn(to, k + row * k_row + head * k_head, cos, sin, HALF, BLOCK)
+        to_key = keys + row * key_row + head.to(tl.int64) * key_head + place * key_step
+        _turn(to_key, k + row * k_row + head * k_head, k_weight, k_eps, cos, sin, HALF, BLOCK)
         i = tl.arange(0, BLOCK_DV)
         value = tl.load(v + row * v_row + head * v_head + i, mask=i < DV)
         to_value = values + row * value_row + head.to(tl.int64) * value_head + place * value_step
@@ -96,15 +103,27 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
 
 
 def rotate(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
 ) -> Tensor:
     """The turned q (rows, heads, d); the turned k and v are in the caches (rows, kv heads, room, d) at `lengths`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     q, k, v, cos, sin = map(_unit, (q, k, v, cos, sin))
     (rows, heads, d), dv = q.shape, v.shape[-1]
     _rotate[(rows, heads + k.shape[1])](
-        out, q, k, v, cos, sin, keys, values, lengths, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        cos.stride(0), sin.stride(0), *keys.stride()[:3], *values.stride()[:3],
+        out, q, k, v, cos, sin, q_weight, k_weight, keys, values, lengths, heads, q_eps, k_eps,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
+        *keys.stride()[:3], *values.stride()[:3],
         HALF=d // 2, DV=dv, BLOCK=triton.next_power_of_2(d // 2), BLOCK_DV=triton.next_power_of_2(dv),
         enable_fp_fusion=True, num_warps=1,
     )  # fmt: skip

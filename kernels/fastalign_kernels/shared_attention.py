@@ -22,7 +22,7 @@ from fastalign import empty
 
 QUERIES = 64  # of a tile
 KEYS = 64
-WIDE = 256  # bytes of a head's key: beyond it tiles are smaller, and twice the warps share them
+WIDE = 256  # bytes of a head's key: beyond it tiles are smaller
 LEAST = 16  # of any side of a product
 
 
@@ -55,10 +55,14 @@ def _prompts(
     size = (tl.load(bounds + prompt + 1) - begin).to(tl.int32)
     m = offset + tl.arange(0, BLOCK_M)
     live = m < count
-    row = tl.load(order + first + m // GROUP, mask=live, other=0)
+    row = tl.load(order + first + m // GROUP, mask=live, other=0).to(tl.int32)
     of = head * GROUP + m % GROUP
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    x = tl.load(q + (row * q_row + of * q_head)[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0)
+    x = tl.load(
+        q + (row.to(tl.int64) * q_row + of * q_head)[:, None] + d[None, :],
+        mask=live[:, None] & (d < D)[None, :],
+        other=0,
+    )
     share = tl.cdiv(tl.cdiv(size, splits), BLOCK_N) * BLOCK_N
     start, stop = split * share, tl.minimum((split + 1) * share, size)
     earliest = tl.zeros((BLOCK_M,), tl.int32)
@@ -159,7 +163,7 @@ def prompts(
     _prompts[((len(bounds) - 1) * tiles, kv, splits)](
         parts, logs, q, keys, values, bounds, order, firsts, lengths,
         len(q), heads, tiles, splits, window, *q.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
-        BLOCK_M=block_m, **_settings(q, keys, values, scaling, window, softcap),
+        **_settings(q, keys, values, scaling, window, softcap, block_m),
     )  # fmt: skip
     return parts, logs
 
@@ -182,7 +186,7 @@ def rows(
     _rows[(len(q), kv, triton.cdiv(heads // kv, block_m))](
         out, q, keys, values, lengths, parts, logs,
         len(q), heads, len(parts), window, *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-        BLOCK_M=block_m, **_settings(q, keys[0], values[0], scaling, window, softcap),
+        **_settings(q, keys[0], values[0], scaling, window, softcap, block_m),
     )  # fmt: skip
     return out
 
@@ -191,7 +195,9 @@ def _by_head(q: Tensor) -> Tensor:
     return q if q.stride(-1) == 1 else q.contiguous()
 
 
-def _settings(q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int, softcap: float) -> dict:
+def _settings(
+    q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int, softcap: float, block_m: int
+) -> dict:
     """What both kernels are given; keys (kv heads, tokens, d) and values."""
     d, dv = keys.shape[-1], values.shape[-1]
     to_cap, to_z, _ = transform_factors(math.log(2), softcap or None, scaling)
@@ -206,10 +212,11 @@ def _settings(q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: i
         "WINDOW": window > 0,
         "SOFTCAP": softcap > 0,
         "DOT": tl.float32 if q.device.type == "cpu" else TYPES[q.dtype],  # the interpreter multiplies no bfloat16
+        "BLOCK_M": block_m,
         "BLOCK_N": KEYS if size <= WIDE else KEYS // q.itemsize,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 4 if size <= WIDE else 8,
+        "num_warps": 8 if size > WIDE or size * block_m >= WIDE * QUERIES else 4,
         "num_stages": 2,
         **options(q.dtype, q.device),
     }

@@ -38,15 +38,15 @@ def test_autocast_on_a_gpu_narrows_float32_alone(monkeypatch, narrow):
 
 
 def test_the_librarys_products_are_summed_whole_whatever_the_user_allows():
-    from fastalign.kernels import _products
+    from fastalign._base.whole_sums import WHOLE_SUMS, whole_sums
 
     switches, seen = torch.backends.cuda.matmul, []
-    before = {name: getattr(switches, name) for name in _products.WHOLE_SUMS}
+    before = {name: getattr(switches, name) for name in WHOLE_SUMS}
     try:
         switches.fp32_precision = "tf32"
         switches.allow_bf16_reduced_precision_reduction = True
-        with _products.whole_sums():
-            seen = [getattr(switches, name) for name in _products.WHOLE_SUMS]
+        with whole_sums():
+            seen = [getattr(switches, name) for name in WHOLE_SUMS]
         assert seen == ["ieee", False, False]
         assert switches.fp32_precision == "tf32" and switches.allow_bf16_reduced_precision_reduction
     finally:

@@ -33,8 +33,8 @@ def test_norms(width, lay, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize(("heads", "kv", "d", "dv"), [(3, 1, 8, 8), (2, 2, 20, 7)])
-def test_rotations_go_to_their_places(heads, kv, d, dv, dtype):
+@pytest.mark.parametrize(("heads", "kv", "d", "dv", "normed"), [(3, 1, 8, 8, True), (2, 2, 20, 7, False)])
+def test_rotations_go_to_their_places(heads, kv, d, dv, normed, dtype):
     qkv = normal(ROWS, heads * d + kv * (d + dv), dtype=dtype)
     q, k, v = qkv.split([heads * d, kv * d, kv * dv], 1)
     q, k, v = q.unflatten(1, (heads, d)), k.unflatten(1, (kv, d)), v.unflatten(1, (kv, dv))
@@ -42,12 +42,16 @@ def test_rotations_go_to_their_places(heads, kv, d, dv, dtype):
     keys, values = normal(ROWS + 2, kv, 6, d, dtype=dtype), normal(ROWS + 2, kv, 6, dv, dtype=dtype)
     caches, lengths = [keys.double(), values.double()], torch.tensor([4, 0, 5])
 
-    def turned(x):
-        a, b = x.double().chunk(2, -1)
-        return x.double() * cos.double()[:, None] + torch.cat([-b, a], -1) * sin.double()[:, None]
+    norms = [(weight, eps) if normed else (None, 0.0) for weight, eps in ((cos[0] + 1, 1e-5), (sin[0] - 1, 0.1))]
 
-    caches[0][range(ROWS), :, lengths], caches[1][range(ROWS), :, lengths] = turned(k), v.double()
-    close(layer_passes.rotate(q, k, v, (cos, sin), keys, values, lengths), turned(q), dtype)
+    def turned(x, weight, eps):
+        x = F.rms_norm(x.double(), (d,), weight.double(), eps) if normed else x.double()
+        a, b = x.chunk(2, -1)
+        return x * cos.double()[:, None] + torch.cat([-b, a], -1) * sin.double()[:, None]
+
+    caches[0][range(ROWS), :, lengths], caches[1][range(ROWS), :, lengths] = turned(k, *norms[1]), v.double()
+    turn = layer_passes.Turn(cos, sin, norms)
+    close(layer_passes.rotate(q, k, v, turn, keys, values, lengths), turned(q, *norms[0]), dtype)
     close(keys, caches[0], dtype)
     close(values, caches[1], dtype)
 
