@@ -20,6 +20,7 @@ def cases() -> Iterator[KernelCase]:
         (8, 64, 32, 8, 128, b16, None, None),
         (64, 8, 32, 8, 128, b16, None, None),
         (64, 1, 9, 3, 64, b16, None, None),
+        (1, 64, 9, 3, 64, b16, None, None),
         (8, 16, 9, 3, 64, f32, None, None),
         (8, 16, 16, 8, 256, b16, 512, 50.0),
         (8, 16, 32, 32, 80, f16, None, None),

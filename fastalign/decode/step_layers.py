@@ -148,7 +148,8 @@ class _LaunchedLayer(_Layer):
     ) -> Tensor:
         x = hidden_states.flatten(0, 1)
         before, behind = map(_of_norm, self._norms)
-        turn = layer_passes.Turn(*(y.flatten(0, 1) for y in position_embeddings), self._heads)
+        cos, sin = (y.flatten(0, 1) for y in position_embeddings)
+        turn = layer_passes.Turn(cos, sin, self._heads)
         q, k, v = (y.unflatten(-1, (-1, 1, self._width)) for y in self._qkv(layer_passes.norm(x, *before)))
         layer, *settings = self._attention
         (out,) = self._out(plan.attend(layer, q, k, v, *settings, turn=turn).flatten(1))

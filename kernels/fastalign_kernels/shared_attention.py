@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastalign import empty
 
-QUERIES = 64  # of a tile
+QUERIES = 64  # of a tile, in 16 bits
 KEYS = 64
 WIDE = 256  # bytes of a head's key: beyond it tiles are smaller
 LEAST = 16  # of any side of a product
@@ -38,10 +38,10 @@ def _add_keys(x, k, v, seen, top, total, acc, to_cap, to_z, SOFTCAP: tl.constexp
     return now, total * scale + tl.sum(p, 1), acc
 
 
-@triton.jit(do_not_specialize=["rows", "heads", "tiles", "splits", "window"])
+@triton.jit(do_not_specialize=["rows", "heads", "tiles", "splits", "window", "tokens"])
 def _prompts(
     parts, logs, q, keys, values, bounds, order, firsts, lengths,
-    rows, heads, tiles, splits, window, q_row, q_head, key_head, key_step, value_head, value_step, to_cap, to_z,
+    rows, heads, tiles, splits, window, q_row, q_head, tokens, to_cap, to_z,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -55,31 +55,33 @@ def _prompts(
     size = (tl.load(bounds + prompt + 1) - begin).to(tl.int32)
     m = offset + tl.arange(0, BLOCK_M)
     live = m < count
-    row = tl.load(order + first + m // GROUP, mask=live, other=0).to(tl.int32)
+    row = tl.load(order + first + m // GROUP, mask=live, other=0)
     of = head * GROUP + m % GROUP
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     x = tl.load(
-        q + (row.to(tl.int64) * q_row + of * q_head)[:, None] + d[None, :],
+        q + (row * q_row + of * q_head)[:, None] + d[None, :],
         mask=live[:, None] & (d < D)[None, :],
         other=0,
     )
     share = tl.cdiv(tl.cdiv(size, splits), BLOCK_N) * BLOCK_N
-    start, stop = split * share, tl.minimum((split + 1) * share, size)
+    start = split * share
+    stop = tl.minimum(start + share, size)
     earliest = tl.zeros((BLOCK_M,), tl.int32)
     if WINDOW:  # the earliest key that a query sees
         length = tl.load(lengths + row, mask=live, other=0).to(tl.int32)
         earliest = tl.where(live, size + length - window + 1, size)
         start = tl.maximum(start, tl.min(earliest) // BLOCK_N * BLOCK_N)
-    keys += head.to(tl.int64) * key_head + begin * key_step
-    values += head.to(tl.int64) * value_head + begin * value_step
+    begin += head.to(tl.int64) * tokens
+    keys += begin * D
+    values += begin * DV
     top = tl.zeros((BLOCK_M,), tl.float32) + lowest(tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for at in range(start, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         inside = n < stop
-        k = tl.load(keys + n[None, :] * key_step + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
-        v = tl.load(values + n[:, None] * value_step + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0)
+        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
+        v = tl.load(values + n[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0)
         seen = inside[None, :]
         if WINDOW:
             seen = seen & (n[None, :] >= earliest[:, None])
@@ -92,11 +94,10 @@ def _prompts(
     tl.store(parts + to[:, None] * DV + dv[None, :], acc, mask=live[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "heads", "splits", "window"])
+@triton.jit(do_not_specialize=["rows", "heads", "splits", "window", "room"])
 def _rows(
     out, q, keys, values, lengths, parts, logs,
-    rows, heads, splits, window, q_row, q_head, key_row, key_head, key_step, value_row, value_head, value_step,
-    to_cap, to_z,
+    rows, heads, splits, window, q_row, q_head, room, to_cap, to_z,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -110,16 +111,17 @@ def _rows(
     start = 0
     if WINDOW:
         start = tl.maximum(stop - window, 0) // BLOCK_N * BLOCK_N
-    keys += row * key_row + head.to(tl.int64) * key_head
-    values += row * value_row + head.to(tl.int64) * value_head
+    begin = (row * (heads // GROUP) + head) * room
+    keys += begin * D
+    values += begin * DV
     top = tl.zeros((BLOCK_M,), tl.float32) + lowest(tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for at in range(start, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         inside = n < stop
-        k = tl.load(keys + n[None, :] * key_step + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
-        v = tl.load(values + n[:, None] * value_step + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0)
+        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
+        v = tl.load(values + n[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0)
         if WINDOW:
             inside = inside & (n >= stop - window)
         top, total, acc = _add_keys(x, k, v, inside[None, :], top, total, acc, to_cap, to_z, SOFTCAP, DOT)
@@ -158,11 +160,11 @@ def prompts(
     parts, logs = empty.shared_attention_prompts(q, values, splits)
     q, heads, kv = _by_head(q), q.shape[1], len(keys)
     wide = max(q.shape[-1], values.shape[-1]) * q.itemsize > WIDE
-    block_m = min(QUERIES // (2 if wide else 1), max(LEAST, triton.next_power_of_2(most * (heads // kv))))
+    block_m = LEAST if wide else min(2 * QUERIES // q.itemsize, _power(most * (heads // kv)))
     tiles = triton.cdiv(most * (heads // kv), block_m)
     _prompts[((len(bounds) - 1) * tiles, kv, splits)](
-        parts, logs, q, keys, values, bounds, order, firsts, lengths,
-        len(q), heads, tiles, splits, window, *q.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
+        parts, logs, q, keys.contiguous(), values.contiguous(), bounds, order, firsts, lengths,
+        len(q), heads, tiles, splits, window, *q.stride()[:2], keys.shape[1],
         **_settings(q, keys, values, scaling, window, softcap, block_m),
     )  # fmt: skip
     return parts, logs
@@ -182,10 +184,10 @@ def rows(
     """The second: over each row's own keys, and joined with the first."""
     out = empty.shared_attention(q, values)
     q, heads, kv = _by_head(q), q.shape[1], keys.shape[1]
-    block_m = min(QUERIES, max(LEAST, triton.next_power_of_2(heads // kv)))
+    block_m = min(QUERIES, _power(heads // kv))
     _rows[(len(q), kv, triton.cdiv(heads // kv, block_m))](
-        out, q, keys, values, lengths, parts, logs,
-        len(q), heads, len(parts), window, *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+        out, q, keys.contiguous(), values.contiguous(), lengths, parts, logs,
+        len(q), heads, len(parts), window, *q.stride()[:2], keys.shape[2],
         **_settings(q, keys[0], values[0], scaling, window, softcap, block_m),
     )  # fmt: skip
     return out
@@ -195,13 +197,18 @@ def _by_head(q: Tensor) -> Tensor:
     return q if q.stride(-1) == 1 else q.contiguous()
 
 
+def _power(size: int) -> int:
+    """The side of a block that holds it."""
+    return max(LEAST, triton.next_power_of_2(size))
+
+
 def _settings(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int, softcap: float, block_m: int
 ) -> dict:
     """What both kernels are given; keys (kv heads, tokens, d) and values."""
     d, dv = keys.shape[-1], values.shape[-1]
     to_cap, to_z, _ = transform_factors(math.log(2), softcap or None, scaling)
-    block_d, block_dv = (max(LEAST, triton.next_power_of_2(size)) for size in (d, dv))
+    block_d, block_dv = _power(d), _power(dv)
     size = max(block_d, block_dv) * q.itemsize
     return {
         "to_cap": to_cap,
@@ -213,10 +220,10 @@ def _settings(
         "SOFTCAP": softcap > 0,
         "DOT": tl.float32 if q.device.type == "cpu" else TYPES[q.dtype],  # the interpreter multiplies no bfloat16
         "BLOCK_M": block_m,
-        "BLOCK_N": KEYS if size <= WIDE else KEYS // q.itemsize,
+        "BLOCK_N": KEYS if size <= WIDE else LEAST,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 8 if size > WIDE or size * block_m >= WIDE * QUERIES else 4,
+        "num_warps": 8 if size > WIDE or block_m == QUERIES else 4,
         "num_stages": 2,
         **options(q.dtype, q.device),
     }
