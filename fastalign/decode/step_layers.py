@@ -245,9 +245,8 @@ def _try(layer: Any) -> _Attention | None:
                 p.copy_(normal(*p.shape) * p.shape[-1] ** -0.5)
         width, d = layer.self_attn.q_proj.in_features, layer.self_attn.head_dim
         arguments: dict[str, Any] = {"position_embeddings": (normal(3, 1, d), normal(3, 1, d)), "attention_mask": None}
-        x = (
-            normal(3, 1, width) * torch.tensor([1.0, 1e-3, 30.0], device=device)[:, None, None]
-        )  # norms may treat sizes differently
+        sizes = torch.tensor([1.0, 1e-3, 30.0], device=device)  # which norms may treat differently
+        x = normal(3, 1, width) * sizes[:, None, None]
         with whole_sums():
             expected = type(layer).forward(layer, x, plan=theirs, **arguments)
             (attention,) = theirs.calls

@@ -140,5 +140,5 @@ class TokenLoop:
 
 def _read(drawn: SampledTokens) -> tuple[list[int], list[float]]:
     """Ids and log-probabilities in one copy from the device, since each waits for it."""
-    ids, log_probs = torch.stack([drawn.ids.double(), drawn.log_probs.float().double()]).cpu()
-    return ids.long().tolist(), log_probs.tolist()
+    ids, bits = torch.stack([drawn.ids.int(), drawn.log_probs.float().view(torch.int32)]).cpu()
+    return ids.tolist(), bits.view(torch.float32).tolist()
