@@ -104,10 +104,10 @@ def whole(merge, root: Path, out: Path) -> float:
     return time.perf_counter() - began
 
 
-def wait_for(folder: Path, shards: int, seconds: float) -> None:
-    """Return once the folder has that many finished shards, or after that time."""
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end and len(list(folder.rglob("*.safetensors"))) < shards:
+def wait_for(folder: Path, shards: int, pid: int) -> None:
+    """Return once the folder has that many finished shards, or the process has ended."""
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while len(list(folder.rglob("*.safetensors"))) < shards and os.waitid(os.P_PID, pid, ended) is None:
         time.sleep(0)
 
 
@@ -122,7 +122,7 @@ def kill(merge, root: Path, kills: int, draw: random.Random) -> dict:
     while seen["killed"] < kills:
         pid = start(merge, root, out)
         if seen["killed"] % 2:
-            wait_for(beside, draw.randrange(1, count), takes)
+            wait_for(beside, draw.randrange(1, count), pid)
         else:
             time.sleep(draw.random() * takes)
         os.kill(pid, signal.SIGKILL)
