@@ -133,3 +133,15 @@ def test_the_committed_tables_are_made_from_the_committed_numbers():
 def test_a_comparison_with_nothing(arguments, message):
     done = subprocess.run([sys.executable, commits.__file__, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_engines_that_have_been_made_are_peers(tmp_path, monkeypatch):
+    from fastalign.bench import engines
+
+    monkeypatch.setattr(engines, "FOLDER", tmp_path)
+    asked = [[5, 6]], 4, 8, "float32", 2
+    assert engines.workers(*asked) == {}
+    (tmp_path / "openvino" / "model").mkdir(parents=True)
+    assert list(engines.workers(*asked)) == ["OpenVINO GenAI"]
+    engines.make("openvino")  # what is finished stays
+    assert [path.name for path in (tmp_path / "openvino").iterdir()] == ["model"]
