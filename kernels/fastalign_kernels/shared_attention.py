@@ -27,15 +27,33 @@ LEAST = 16  # of any side of a product
 
 
 @triton.jit
-def _add_keys(x, k, v, seen, top, total, acc, to_cap, to_z, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
-    """The state of the queries x (M, d) after the keys k (d, N) and the values v (N, dv), of which they see `seen`."""
-    z = transform(tl.dot(x.to(DOT), k.to(DOT)), to_cap, to_z, SOFTCAP)
-    z = tl.where(seen, z, float("-inf"))
-    now = tl.maximum(top, tl.max(z, 1))
-    p = tl.exp2(z - now[:, None])
-    scale = tl.exp2(top - now)
-    acc = tl.dot(p.to(DOT), v.to(DOT), acc * scale[:, None])
-    return now, total * scale + tl.sum(p, 1), acc
+def _over_keys(
+    x, keys, values, start, stop, earliest, to_cap, to_z,
+    D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """The queries x (M, d) over the keys from `start` to `stop`, from `earliest` (M,) on each: (largest z (M,), the sum
+    of exp2(z - largest) (M,), that of these times the values (M, dv))."""
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    top = tl.zeros((BLOCK_M,), tl.float32) + lowest(tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for at in range(start, stop, BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        inside = n < stop
+        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
+        v = tl.load(values + n[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0)
+        seen = inside[None, :]
+        if WINDOW:
+            seen = seen & (n[None, :] >= earliest[:, None])
+        z = transform(tl.dot(x.to(DOT), k.to(DOT)), to_cap, to_z, SOFTCAP)
+        z = tl.where(seen, z, float("-inf"))
+        now = tl.maximum(top, tl.max(z, 1))
+        p = tl.exp2(z - now[:, None])
+        scale = tl.exp2(top - now)
+        acc = tl.dot(p.to(DOT), v.to(DOT), acc * scale[:, None])
+        top, total = now, total * scale + tl.sum(p, 1)
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "tiles", "splits", "window", "tokens"])
@@ -74,18 +92,10 @@ def _prompts(
     begin += head.to(tl.int64) * tokens
     keys += begin * D
     values += begin * DV
-    top = tl.zeros((BLOCK_M,), tl.float32) + lowest(tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for at in range(start, stop, BLOCK_N):
-        n = at + tl.arange(0, BLOCK_N)
-        inside = n < stop
-        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
-        v = tl.load(values + n[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0)
-        seen = inside[None, :]
-        if WINDOW:
-            seen = seen & (n[None, :] >= earliest[:, None])
-        top, total, acc = _add_keys(x, k, v, seen, top, total, acc, to_cap, to_z, SOFTCAP, DOT)
+    top, total, acc = _over_keys(
+        x, keys, values, start, stop, earliest, to_cap, to_z,
+        D, DV, WINDOW, SOFTCAP, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
     to = (split.to(tl.int64) * rows + row) * heads + of
     unseen = total == 0
     total = tl.where(unseen, 1, total)
@@ -109,22 +119,17 @@ def _rows(
     x = tl.load(q + row * q_row + of[:, None] * q_head + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0)
     stop = tl.load(lengths + row).to(tl.int32) + 1
     start = 0
+    earliest = tl.zeros((BLOCK_M,), tl.int32)
     if WINDOW:
+        earliest += stop - window
         start = tl.maximum(stop - window, 0) // BLOCK_N * BLOCK_N
     begin = (row * (heads // GROUP) + head) * room
     keys += begin * D
     values += begin * DV
-    top = tl.zeros((BLOCK_M,), tl.float32) + lowest(tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for at in range(start, stop, BLOCK_N):
-        n = at + tl.arange(0, BLOCK_N)
-        inside = n < stop
-        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
-        v = tl.load(values + n[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0)
-        if WINDOW:
-            inside = inside & (n >= stop - window)
-        top, total, acc = _add_keys(x, k, v, inside[None, :], top, total, acc, to_cap, to_z, SOFTCAP, DOT)
+    top, total, acc = _over_keys(
+        x, keys, values, start, stop, earliest, to_cap, to_z,
+        D, DV, WINDOW, SOFTCAP, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
     # ---- and over the prompt ----
     for split in range(0, splits):
         to = (split * rows.to(tl.int64) + row) * heads + of
