@@ -40,7 +40,7 @@ def texts() -> tuple:
 )
 def test_one_prompt(compare, n, bar):
     sampler, one, _ = texts()
-    others = engines.workers(sampler.tokenizer(one)["input_ids"], n, NEW, "float32", torch.get_num_threads())
+    others = engines.workers(sampler.tokenizer(one)["input_ids"], n, NEW, torch.get_num_threads())
     compare(
         lambda: draw(one, n, NEW, ends=False),
         {GENERATE: lambda: generate(one, n, NEW, ends=False), **others},

@@ -1,12 +1,12 @@
 """The job of the other engines' processes: drawing n continuations of every prompt, given as token ids, to their full
-length, at temperature 1 and without truncation."""
+length, in float32, at temperature 1 and without truncation."""
 
 import os
 
 
-def job(engine: str, model: str, prompts: list, n: int, new: int, dtype: str, threads: int):
+def job(engine: str, model: str, prompts: list, n: int, new: int, threads: int):
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    draw = {"openvino": openvino, "ctranslate2": ctranslate2}[engine](model, n, dtype, threads)
+    draw = {"openvino": openvino, "ctranslate2": ctranslate2}[engine](model, n, threads)
     draw(prompts[:1], 1)  # memory and threads
 
     def run() -> None:
@@ -16,7 +16,7 @@ def job(engine: str, model: str, prompts: list, n: int, new: int, dtype: str, th
     return run
 
 
-def openvino(model, n, dtype, threads):
+def openvino(model, n, threads):
     import numpy as np
     import openvino_genai
     from openvino import Tensor
@@ -24,8 +24,7 @@ def openvino(model, n, dtype, threads):
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = 4  # GB
     scheduler.max_num_seqs = n
-    precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     pipeline = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", {}, options)
     config = openvino_genai.GenerationConfig()
     config.do_sample, config.temperature, config.top_p = True, 1.0, 1.0
@@ -40,13 +39,15 @@ def openvino(model, n, dtype, threads):
     return draw
 
 
-def ctranslate2(model, n, dtype, threads):
+def ctranslate2(model, n, threads):
     import json
     from pathlib import Path
 
     import ctranslate2
 
-    generator = ctranslate2.Generator(model, device="cpu", compute_type=dtype, inter_threads=1, intra_threads=threads)
+    generator = ctranslate2.Generator(
+        model, device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
+    )
     tokens = json.loads((Path(model) / "vocabulary.json").read_text())
 
     def draw(prompts, new):

@@ -44,13 +44,13 @@ ENGINES = {
 }
 
 
-def workers(prompts: list[list[int]], n: int, new: int, dtype: str, threads: int) -> dict[str, Worker]:
+def workers(prompts: list[list[int]], n: int, new: int, threads: int) -> dict[str, Worker]:
     """The engines that have been made, each drawing n continuations of `new` tokens of every prompt, by title."""
 
     def worker(name: str) -> Worker:
         model = str((FOLDER / name / "model").resolve())
         python = str(FOLDER / name / "bin" / "python")
-        return Worker("engine_job.py", lambda: [name, model, prompts, n, new, dtype, threads], python)
+        return Worker("engine_job.py", lambda: [name, model, prompts, n, new, threads], python)
 
     return {engine.title: worker(name) for name, engine in ENGINES.items() if (FOLDER / name / "model").is_dir()}
 

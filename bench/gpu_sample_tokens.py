@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -83,13 +84,18 @@ def peers(logits, options):
     kinds = {"top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper", "min_p": "MinPLogitsWarper"}
     chain = {kind: options[name] for name, kind in kinds.items() if name in options}
 
+    @functools.cache
+    def warpers():
+        if not chain:
+            return []
+        from transformers.generation import logits_process
+
+        return [getattr(logits_process, kind)(value) for kind, value in chain.items()]
+
     def warped():
         scores = logits.float()
-        if chain:
-            from transformers.generation import logits_process
-
-            for kind, value in chain.items():
-                scores = getattr(logits_process, kind)(value)(None, scores)
+        for warper in warpers():
+            scores = warper(None, scores)
         return scores.softmax(-1).multinomial(1)
 
     result = {"transformers' warpers + softmax + multinomial" if chain else "softmax + multinomial": warped}

@@ -35,6 +35,11 @@ def rows_of(x: Tensor) -> tuple[Tensor, Rows]:
     return x, Rows(inner, outer_stride, inner_stride, x.stride(-1) if x.ndim and x.shape[-1] > 1 else 1)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only if its last dimension has a stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @triton.jit
 def row_start(row, inner, outer_stride, inner_stride):
     """The offset of a row, in 64 bits."""

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastalign.kernels._elementary import exp
+from fastalign.kernels._rows import unit_stride
 from torch import Tensor
 
 ELEMENTS = 1024  # of a block of the gate
@@ -93,7 +94,7 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
     """(the norm of the sum, the sum), both (rows, width); without a residual the second is empty."""
     rows, width = x.shape
     y, total = x.new_empty(rows, width), x.new_empty((rows, width) if residual is not None else (0,))
-    x, residual = _unit(x), None if residual is None else _unit(residual)
+    x, residual = unit_stride(x), None if residual is None else unit_stride(residual)
     block = triton.next_power_of_2(width)
     _norm[(rows,)](
         y, total, x, residual, weight.contiguous(), x.stride(0), 0 if residual is None else residual.stride(0), width,
@@ -118,7 +119,7 @@ def rotate(
 ) -> Tensor:
     """The turned q (rows, heads, d); the turned k and v are in the caches (rows, kv heads, room, d) at `lengths`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    q, k, v, cos, sin = map(_unit, (q, k, v, cos, sin))
+    q, k, v, cos, sin = map(unit_stride, (q, k, v, cos, sin))
     (rows, heads, d), dv = q.shape, v.shape[-1]
     _rotate[(rows, heads + k.shape[1])](
         out, q, k, v, cos, sin, q_weight, k_weight, keys, values, lengths, heads, q_eps, k_eps,
@@ -137,8 +138,3 @@ def gate(g: Tensor, u: Tensor) -> Tensor:
         out, g.contiguous(), u.contiguous(), g.numel(), BLOCK=ELEMENTS, enable_fp_fusion=True, num_warps=4
     )
     return out
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Its last dimension without steps."""
-    return x if x.stride(-1) == 1 else x.contiguous()

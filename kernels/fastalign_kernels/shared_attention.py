@@ -15,6 +15,7 @@ import math
 import triton
 import triton.language as tl
 from fastalign.kernels._products import TYPES, options
+from fastalign.kernels._rows import unit_stride
 from fastalign.kernels._softmax import lowest, transform, transform_factors
 from torch import Tensor
 
@@ -163,7 +164,7 @@ def prompts(
 ) -> tuple[Tensor, Tensor]:
     """The op's first half: outputs over each share of the prompts' keys, and the logs of their weights' sums."""
     parts, logs = empty.shared_attention_prompts(q, values, splits)
-    q, heads, kv = _by_head(q), q.shape[1], len(keys)
+    q, heads, kv = unit_stride(q), q.shape[1], len(keys)
     wide = max(q.shape[-1], values.shape[-1]) * q.itemsize > WIDE
     block_m = LEAST if wide else min(2 * QUERIES // q.itemsize, _power(most * (heads // kv)))
     tiles = triton.cdiv(most * (heads // kv), block_m)
@@ -188,7 +189,7 @@ def rows(
 ) -> Tensor:
     """The second: over each row's own keys, and joined with the first."""
     out = empty.shared_attention(q, values)
-    q, heads, kv = _by_head(q), q.shape[1], keys.shape[1]
+    q, heads, kv = unit_stride(q), q.shape[1], keys.shape[1]
     block_m = min(QUERIES, _power(heads // kv))
     _rows[(len(q), kv, triton.cdiv(heads // kv, block_m))](
         out, q, keys.contiguous(), values.contiguous(), lengths, parts, logs,
@@ -196,10 +197,6 @@ def rows(
         **_settings(q, keys[0], values[0], scaling, window, softcap, block_m),
     )  # fmt: skip
     return out
-
-
-def _by_head(q: Tensor) -> Tensor:
-    return q if q.stride(-1) == 1 else q.contiguous()
 
 
 def _power(size: int) -> int:

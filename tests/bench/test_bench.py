@@ -139,7 +139,7 @@ def test_engines_that_have_been_made_are_peers(tmp_path, monkeypatch):
     from fastalign.bench import engines
 
     monkeypatch.setattr(engines, "FOLDER", tmp_path)
-    asked = [[5, 6]], 4, 8, "float32", 2
+    asked = [[5, 6]], 4, 8, 2
     assert engines.workers(*asked) == {}
     (tmp_path / "openvino" / "model").mkdir(parents=True)
     assert list(engines.workers(*asked)) == ["OpenVINO GenAI"]
