@@ -4,7 +4,8 @@ results/align_palettes.json and its figure.
 SmolLM2-135M, three values, 200 prompts of which half are held out, another half for every palette. Palettes are drawn
 inside of what reweighting reaches, with ten effective candidates per prompt or more. All of them are decoded; the first
 few are trained as well, by each method on the same budget: distill, grpo with λ steered, grpo with the λ of the
-candidates, and TRL's way, equal weights. Candidates are drawn and scored once. Resumable: what is finished is read.
+candidates, and TRL's way, equal weights. Candidates are drawn and scored once. Resumable: the rows of --out are kept,
+also those of another machine, and a job that was broken off goes on in --work.
 """
 
 from __future__ import annotations
@@ -56,19 +57,26 @@ TRAINED = {"distill": "distill", "grpo": "grpo", "grpo unsteered": unsteered, "e
 def main() -> None:
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
-    pool = drawn(options.work / "pool.parquet")
-    palettes = [palette(pool, i) for i in range(options.palettes)]
-    rows = []
-    for i, words in enumerate(palettes):
-        out = options.work / f"decode-{i}"
-        rows.append(row("decode", i, words, run(pool, words, out, i, how="decode", dtype="float32")))
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    finished = {(one["method"], one["palette"]) for one in rows}
+    words = {one["palette"]: one["words"] for one in rows}
+    trained = [(method, i) for i in range(options.trained) for method in options.methods.split(",")]
+    left = [job for job in [*(("decode", i) for i in range(options.palettes)), *trained] if job not in finished]
+    pool = drawn(options.work / "pool.parquet") if left else None
+    for method, i in left:
+        words.setdefault(i, palette(pool, i))
+        out = options.work / f"{method.replace(' ', '-')}-{i}"
+        how = TRAINED.get(method, "decode")
+        more = {name: getattr(options, name) for name in ("budget", "learning_rate", "dtype")}
+        settings = more if method in TRAINED else {"dtype": "float32"}
+        result = run(pool, words[i], out, i, how=how, **settings)
+        rows.append({**row(method, i, words[i], result), "settings": settings, "machine": place()})
         write(options, rows)
-    for i, words in enumerate(palettes[: options.trained]):
-        for method in options.methods.split(","):
-            out = options.work / f"{method.replace(' ', '-')}-{i}"
-            more: dict[str, Any] = {name: getattr(options, name) for name in ("budget", "learning_rate", "dtype")}
-            rows.append(row(method, i, words, run(pool, words, out, i, how=TRAINED[method], **more)))
-            write(options, rows)
+
+
+def place() -> str:
+    now = machine()
+    return f"{now['processor']}, {now['threads']} threads, torch {now['versions']['torch']}, {now['date']}"
 
 
 def drawn(path: Path) -> Candidates:
@@ -129,14 +137,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         ]
         for method in ("decode", *TRAINED)
     }
-    settings = {
-        "budget": options.budget,
-        "dtype": options.dtype,
-        "candidates": CANDIDATES,
-        "tokens": TOKENS,
-        "values": NAMES,
-    }
-    write_json(options.out, {"machine": machine(), "settings": settings, "met": hits, "rows": rows})
+    settings = {"candidates": CANDIDATES, "tokens": TOKENS, "values": NAMES}
+    write_json(options.out, {"settings": settings, "met": hits, "rows": rows})
     plot(rows, options.out.with_suffix(".png"))
 
 

@@ -27,6 +27,8 @@ def machine() -> dict[str, Any]:
         with open("/proc/cpuinfo") as file:
             named = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
             processor = next(named, processor)
+    if kind := generation():  # AMD's virtual processors bear no number
+        processor += f" ({kind.replace('zen', 'Zen ')})"
     versions = {"python": platform.python_version(), "fastalign": fastalign.__version__}
     for name in PACKAGES:
         try:

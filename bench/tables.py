@@ -1,7 +1,7 @@
 """python -m bench.tables [RUN.json]: stores and shows the results of `pytest bench --benchmark-json=RUN.json`.
 
-Replaces the run's benchmarks in results/benchmarks.json, drops those that no longer exist, and writes RESULTS.md and
-README's table. Without a run, only writes these two.
+Replaces the run's benchmarks in results/benchmarks.json, those of the same processor alone, drops those that no longer
+exist, and writes RESULTS.md and README's table. Without a run, only writes these two.
 """
 
 from __future__ import annotations
@@ -100,11 +100,13 @@ def keep(run: Path, names: Sequence[str]) -> None:
     """Merge a run into RESULTS and keep only these names; benchmarks that were not run keep their numbers and dates."""
     from fastalign._base.files import write_json
 
-    known = {one["fullname"]: one for one in json.loads(RESULTS.read_text())["benchmarks"]}
-    for one in json.loads(run.read_text())["benchmarks"]:
+    order = {name: i for i, name in enumerate(names)}
+    every = json.loads(RESULTS.read_text())["benchmarks"] + json.loads(run.read_text())["benchmarks"]
+    known = {(one["fullname"], one["extra_info"]["processor"]): one for one in every if one["fullname"] in order}
+    for one in known.values():
         one["stats"].pop("data", None)
-        known[one["fullname"]] = {key: one[key] for key in KEPT}
-    write_json(RESULTS, {"benchmarks": [known[name] for name in names if name in known]})
+    kept = sorted(known, key=lambda key: order[key[0]])
+    write_json(RESULTS, {"benchmarks": [{part: known[key][part] for part in KEPT} for key in kept]})
 
 
 def write() -> None:

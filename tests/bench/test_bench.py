@@ -95,20 +95,22 @@ def test_every_op_has_its_benchmark():
     assert [op for op in sorted(own | {"policy"}) if not (BENCH / f"bench_{op}.py").is_file()] == []
 
 
-def row(name, ratio, date="2026-01-01", bar=2.0):
+def row(name, ratio, date="2026-01-01", bar=2.0, processor="P"):
     stats = {"median": 1e-3, "data": [1e-3]}
-    result = {"processor": "P", "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "rounds": 3}
+    result = {"processor": processor, "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "rounds": 3}
     result |= {"peak_mb": {}, "ratio": {"peer": dict.fromkeys(("p20", "p50", "p80"), ratio)}, "bars": {"peer": bar}}
     return {"group": "x", "name": f"test_x[{name}]", "fullname": name, "extra_info": result, "stats": stats}
 
 
 def test_a_run_replaces_its_own_rows_and_what_is_gone_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "benchmarks.json")
-    tables.RESULTS.write_text(json.dumps({"benchmarks": [row("a", 3.0), row("b", 3.0), row("gone", 3.0)]}))
+    before = [row("a", 3.0), row("b", 3.0), row("b", 2.5, processor="Q"), row("gone", 3.0)]
+    tables.RESULTS.write_text(json.dumps({"benchmarks": before}))
     (tmp_path / "run.json").write_text(json.dumps({"benchmarks": [row("b", 1.5, "2026-02-02") | {"params": {}}]}))
     tables.keep(tmp_path / "run.json", ["a", "b", "never run"])
     kept = json.loads(tables.RESULTS.read_text())["benchmarks"]
-    assert [(one["fullname"], one["extra_info"]["date"]) for one in kept] == [("a", "2026-01-01"), ("b", "2026-02-02")]
+    rows = [(one["fullname"], one["extra_info"]["processor"], one["extra_info"]["date"]) for one in kept]
+    assert rows == [("a", "P", "2026-01-01"), ("b", "P", "2026-02-02"), ("b", "Q", "2026-01-01")]
     assert "data" not in kept[1]["stats"] and "params" not in kept[1]
     every, shown = ("\n".join(tables.table(kept, headline=headline)) for headline in (False, True))
     assert "| a | peer | **3 ×** (3–3) | 2 | 1 ms |" in every and "**1.5 ×** (1.5–1.5) | 2, missed" in every
