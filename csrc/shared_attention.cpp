@@ -173,34 +173,65 @@ static void over_prompt(const SharedAttention& in, const SharedPrompt& prompt, c
   }
 }
 
-template <typename S> static inline float dot(const float* a, const S* b, int64_t d) {
-  vec<float> sum = {};
-  int64_t j = 0;
-  for (; j + kL <= d; j += kL) sum += load<float>(a + j) * Storage<S>::load_wide(b + j);
-  float total = reduce_add<float>(sum);
-  for (; j < d; ++j) total += a[j] * Storage<S>::widen(b[j]);
-  return total;
-}
-
-template <typename S> static inline void add_scaled(float* to, const S* x, float by, int64_t d) {
-  int64_t j = 0;
-  for (; j + kL <= d; j += kL) store<float>(to + j, load<float>(to + j) + by * Storage<S>::load_wide(x + j));
-  for (; j < d; ++j) to[j] += by * Storage<S>::widen(x[j]);
+// scores (R, kKeys): of R queries with n keys of a row
+template <int R, typename S>
+static inline void dots(float* scores, const float* query, int64_t ldq, const S* keys, int64_t n, int64_t d) {
+  const int64_t whole = d / kL * kL;
+  for (int64_t t = 0; t < n; ++t, keys += d) {
+    vec<float> sum[R] = {};
+    for (int64_t j = 0; j < whole; j += kL) {
+      const vec<float> key = Storage<S>::load_wide(keys + j);
+      for (int r = 0; r < R; ++r) sum[r] += load<float>(query + r * ldq + j) * key;
+    }
+    for (int r = 0; r < R; ++r) {
+      float total = reduce_add<float>(sum[r]);
+      for (int64_t j = whole; j < d; ++j) total += query[r * ldq + j] * Storage<S>::widen(keys[j]);
+      scores[r * kKeys + t] = total;
+    }
+  }
 }
 
 template <typename S>
-static void over_own(const SharedAttention& in, int64_t row, int64_t head, const float* query, float* sum, Softmax& so_far,
-                     float* scores) {
-  const int64_t dv = round_up(in.dv), end = in.lengths[row] + 1, place = (row * in.kv + head) * in.room;
+static void dots(int64_t rows, float* scores, const float* query, int64_t ldq, const S* keys, int64_t n, int64_t d) {
+  static_assert(kRows == 6);
+  switch (rows) {
+    case 1: return dots<1>(scores, query, ldq, keys, n, d);
+    case 2: return dots<2>(scores, query, ldq, keys, n, d);
+    case 3: return dots<3>(scores, query, ldq, keys, n, d);
+    case 4: return dots<4>(scores, query, ldq, keys, n, d);
+    case 5: return dots<5>(scores, query, ldq, keys, n, d);
+    default: return dots<6>(scores, query, ldq, keys, n, d);
+  }
+}
+
+// The group's queries of one row, from the first-th, and its own tokens.
+template <typename S>
+static void over_own(const SharedAttention& in, int64_t row, int64_t head, int64_t first, const Scratch& s) {
+  const int64_t d = round_up(in.d), dv = round_up(in.dv), end = in.lengths[row] + 1, place = (row * in.kv + head) * in.room;
   const S* const keys = static_cast<const S*>(in.keys) + place * in.d;
   const S* const values = static_cast<const S*>(in.values) + place * in.dv;
   for (int64_t begin = first_visible(in, end - 1); begin < end; begin += kKeys) {
     const int64_t n = end - begin < kKeys ? end - begin : kKeys, wide = round_up(n);
-    for (int64_t t = 0; t < n; ++t) scores[t] = dot(query, keys + (begin + t) * in.d, in.d);
-    for (int64_t t = n; t < wide; ++t) scores[t] = kNegInf;
-    take(so_far, scores, wide, sum, dv, in.softcap);
-    for (int64_t t = 0; t < n; ++t) add_scaled(sum, values + (begin + t) * in.dv, scores[t], in.dv);
+    for (int64_t t = 0; t < n; ++t) widen(s.values + t * dv, values + (begin + t) * in.dv, in.dv);
+    for (int64_t g = 0; g < in.group; g += kRows) {
+      const int64_t some = in.group - g < kRows ? in.group - g : kRows, q = first + g;
+      dots<S>(some, s.scores, s.query + q * d, d, keys + begin * in.d, n, in.d);
+      for (int64_t r = 0; r < some; ++r) {
+        for (int64_t t = n; t < wide; ++t) s.scores[r * kKeys + t] = kNegInf;
+        take(s.so_far[q + r], s.scores + r * kKeys, wide, s.sum + (q + r) * dv, dv, in.softcap);
+      }
+      product<true>(some, s.sum + q * dv, dv, s.scores, kKeys, s.values, dv, n, dv);
+    }
   }
+}
+
+// Asks for a row's own tokens before they are needed: they come from memory, and each row's lie apart.
+template <typename S> static inline void prefetch_own(const SharedAttention& in, int64_t row, int64_t head) {
+  const int64_t end = in.lengths[row] + 1, place = (row * in.kv + head) * in.room, first = first_visible(in, end - 1);
+  const char* const keys = reinterpret_cast<const char*>(static_cast<const S*>(in.keys) + (place + first) * in.d);
+  const char* const values = reinterpret_cast<const char*>(static_cast<const S*>(in.values) + (place + first) * in.dv);
+  for (int64_t i = 0; i < (end - first) * in.d * int64_t(sizeof(S)); i += 64) __builtin_prefetch(keys + i);
+  for (int64_t i = 0; i < (end - first) * in.dv * int64_t(sizeof(S)); i += 64) __builtin_prefetch(values + i);
 }
 
 template <typename S>
@@ -220,11 +251,14 @@ static void attend(const SharedAttention& in, const SharedPrompt& prompt, const 
     }
   }
   over_prompt<S>(in, prompt, rows, count, head, s);
-  for (int64_t q = 0; q < count * in.group; ++q) {
-    const int64_t row = rows[q / in.group];
-    over_own<S>(in, row, head, s.query + q * d, s.sum + q * dv, s.so_far[q], s.scores);
-    S* const to = static_cast<S*>(in.out) + (row * heads + head * in.group + q % in.group) * in.dv;
-    narrow(to, s.sum + q * dv, 1.0f / s.so_far[q].mass, in.dv);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + 1 < count) prefetch_own<S>(in, rows[i + 1], head);
+    over_own<S>(in, rows[i], head, i * in.group, s);
+    S* const to = static_cast<S*>(in.out) + (rows[i] * heads + head * in.group) * in.dv;
+    for (int64_t g = 0; g < in.group; ++g) {
+      const int64_t q = i * in.group + g;
+      narrow(to + g * in.dv, s.sum + q * dv, 1.0f / s.so_far[q].mass, in.dv);
+    }
   }
 }
 

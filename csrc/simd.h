@@ -68,15 +68,24 @@ template <typename C> inline vec<C> max(vec<C> m, vec<C> x) { return greater<C>(
 // x, but no less than low; a NaN stays.
 template <typename C> inline vec<C> at_least(C low, vec<C> x) { return greater<C>(splat<C>(low), x); }
 
+// Halves of halves, so that the steps that wait for each other are few.
+template <typename C, int N, typename F> inline C fold(const C* x, F f) {
+  if constexpr (N == 1) return x[0];
+  else {
+    C half[N / 2];
+    for (int i = 0; i < N / 2; ++i) half[i] = f(x[i], x[i + N / 2]);
+    return fold<C, N / 2>(half, f);
+  }
+}
 template <typename C> inline C reduce_add(vec<C> x) {
-  C total = 0;
-  for (int i = 0; i < lanes<C>; ++i) total += x[i];
-  return total;
+  C all[lanes<C>];
+  store<C>(all, x);
+  return fold<C, lanes<C>>(all, [](C a, C b) { return a + b; });
 }
 template <typename C> inline C reduce_max(vec<C> x) {
-  C best = x[0];
-  for (int i = 1; i < lanes<C>; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  C all[lanes<C>];
+  store<C>(all, x);
+  return fold<C, lanes<C>>(all, [](C a, C b) { return b > a ? b : a; });
 }
 
 // ---- storage types: widen one, widen a vector of them, narrow with round-to-nearest-even ----

@@ -183,7 +183,7 @@ def _attention_of(layer: nn.Module) -> _Attention | None:
         or not _runs(*layer.parameters())
         or len({(p.dtype, p.device) for p in layer.parameters()}) > 1
         # What is multiplied by 0 is not seen in a trial.
-        or not all(p.is_meta or p.any() for p in parameters.values())
+        or not all(p.is_meta or p.ravel()[:1].any() or p.any() for p in parameters.values())
     ):
         return None
     forwards: list[Any] = [_backend_of(layer), *(type(part).forward for part in parts.values())]
