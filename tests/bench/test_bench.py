@@ -97,7 +97,14 @@ def test_every_op_has_its_benchmark():
 
 def row(name, ratio, date="2026-01-01", bar=2.0, processor="P"):
     stats = {"median": 1e-3, "data": [1e-3]}
-    result = {"processor": processor, "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "rounds": 3}
+    result = {
+        "processor": processor,
+        "threads": 2,
+        "isa": "avx2",
+        "versions": {"torch": "2"},
+        "date": date,
+        "rounds": 3,
+    }
     result |= {"peak_mb": {}, "ratio": {"peer": dict.fromkeys(("p20", "p50", "p80"), ratio)}, "bars": {"peer": bar}}
     return {"group": "x", "name": f"test_x[{name}]", "fullname": name, "extra_info": result, "stats": stats}
 
