@@ -1,7 +1,7 @@
 """Builds fastalign._C from csrc/: each op once per instruction set, everything else for the oldest processors.
 
-Metadata is in pyproject.toml. Without a C++ compiler the package is installed with its reference backend only, and one
-line says so.
+Metadata is in pyproject.toml. Without a C++ compiler that works the package is installed with its reference backend
+only, and one line says so.
 """
 
 import os
@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,23 +41,46 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # -Wno-psabi: no function with wide vectors as arguments is called from another file.
 FLAGS = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi",
          "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas", *OPENMP]  # fmt: skip
+LINK = ["-shared", "-fPIC", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+PROBE = """#include <Python.h>
+#include <optional>
+std::optional<int> probe() { return PY_MAJOR_VERSION; }
+"""
 
 
 class BuildPerLevel(build_ext):
     """Compiles what changed, in parallel, into build/objects/<level>, and links one module."""
 
     def run(self):
-        compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
-        if shutil.which(compiler.split()[0]) is None:
+        compiler = os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")
+        if lacking := self.lacking(compiler.split()):
             print(
-                f"fastalign: no C++ compiler found ({compiler}): installing without the native extension. "
-                "Install g++ and run `pip install -e .` (or reinstall) for the fast path.",
+                f"fastalign: {lacking}: installing without the native extension. "
+                "Install g++ and Python's headers and run `pip install -e .` (or reinstall) for the fast path.",
                 file=sys.stderr,
             )
             self.extensions = []
             return
         self.cxx = compiler.split()
         super().run()
+
+    def lacking(self, compiler):
+        """What keeps this compiler from building the extension, found on a few lines of its kind; None where nothing.
+
+        An error in our own sources must still fail the build.
+        """
+        if shutil.which(compiler[0]) is None:
+            return f"no C++ compiler found ({compiler[0]})"
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text(PROBE)
+            flags = [*FLAGS, *list(LEVELS.values())[-1], *(f"-I{path}" for path in self.include_dirs), *LINK]
+            command = [*compiler, *flags, str(source), "-o", f"{folder}/probe.so"]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return None
+        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+        return f"{compiler[0]} cannot build it ({said[0].strip() if said else f'exit code {done.returncode}'})"
 
     def build_extension(self, ext):
         import pybind11
@@ -85,8 +109,7 @@ class BuildPerLevel(build_ext):
             objects = list(pool.map(compile_one, jobs))
         module = Path(self.get_ext_fullpath(ext.name))
         module.parent.mkdir(parents=True, exist_ok=True)
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        self.call([*self.cxx, "-shared", *OPENMP, *undefined, *objects, "-o", str(module), "-s"])
+        self.call([*self.cxx, *LINK, *OPENMP, *objects, "-o", str(module), "-s"])
 
     @staticmethod
     def call(command):

@@ -78,6 +78,47 @@ def test_clang_compiles_the_extension(name, level, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def fake_compiler(folder, script):
+    path = folder / "c++"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (None, "no C++ compiler found (no-such-c++)"),
+        ("exit 1", "cannot build it (exit code 1)"),
+        ("echo 'probe.cpp:1:10: fatal error: Python.h: No such file' >&2; exit 1", "error: Python.h: No such file"),
+        ("echo \"unrecognised option '-fopenmp'\" >&2; exit 2", "unrecognised option '-fopenmp'"),
+    ],
+    ids=["absent", "false", "no headers", "no OpenMP"],
+)
+def test_a_compiler_that_cannot_build_leaves_the_reference(script, said, tmp_path):
+    compiler = "no-such-c++" if script is None else fake_compiler(tmp_path, script)
+    command = [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CXX": compiler}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr and "installing without the native extension" in done.stderr
+    assert not (tmp_path / "lib").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiler_that_fails_on_our_sources_fails_the_build(tmp_path):
+    """Only the probe decides for the reference; a mistake of ours is never hidden by it."""
+    compiler = fake_compiler(tmp_path, 'case "$*" in *probe.cpp*) exec g++ "$@";; *) exit 1;; esac')
+    tree = tmp_path / "tree"
+    for name in ("csrc", "kernels", "fastalign", "bench"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).symlink_to(ROOT / name)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=tree, env=os.environ | {"CXX": compiler}, capture_output=True, text=True)
+    assert done.returncode != 0 and "returned non-zero exit status 1" in done.stderr
+
+
 @pytest.mark.skipif(native is None, reason="the native extension is not built")
 def test_an_unknown_level_is_refused():
     code, _, err = run("import fastalign.backend as b; b.native.active_isa()", FASTALIGN_ISA="mmx")
