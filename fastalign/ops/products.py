@@ -267,7 +267,7 @@ def _measured(kind: str, rows: int, dtype: torch.dtype) -> dict[str, float]:
     return {provider: round(2e-9 * rows * n * k / seconds[0], 1) for provider, seconds in best.items()}
 
 
-def _spell(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _spell(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """The least time of each call, made in turn for _SECONDS."""
     least = dict.fromkeys(calls, float("inf"))
     until = time.perf_counter() + _SECONDS
