@@ -13,8 +13,8 @@ from fastalign._base.errors import UserError
 from fastalign.decode import Sampler
 from fastalign.integrations.transformers import fused_forward
 from fastalign.models import scoring
-from fastalign.models.packing import enable, is_enabled, pack_pairs
-from fastalign.train.rows import RowBatch, add_row_forward
+from fastalign.models.packing import enable, halves, is_enabled
+from fastalign.train.rows import add_row_forward, batch_of
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
 PROMPTS = ["the quick brown fox sat on", "hello, why"]
@@ -87,7 +87,7 @@ def pairs(model, tokenizer) -> float:
     expected_by = copy.deepcopy(model)  # without what the path puts on it
     enable(model)
     add_row_forward(model)
-    result = model(rows=RowBatch(ids, mask, labels, pack_pairs(ids, mask)))["log_probs"]
+    result = model(rows=batch_of(ids, mask, labels, halves(len(ids)), ids.device))["log_probs"]
     return differences(expected_by, rows, labels, result)
 
 

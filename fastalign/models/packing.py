@@ -3,23 +3,25 @@
 `pack_groups` concatenates a batch: of each group its first sequence, then what follows the common prefix in the others.
 Every token keeps its position and attends to exactly the same tokens as in its own sequence, so hidden states equal
 those of the padded batch. `packed_hidden` runs any transformers causal model on such a row through the attention
-function registered here: a segment attends to itself, and to the prefix that it continues.
+function registered here (`packed_attention`): a segment attends to itself, and to the prefix that it continues.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign._base.errors import UserError
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import head_of
 from fastalign.models.identity import Verdict, language_model, passable
+from fastalign.models.packed_attention import attention
 from fastalign.models.trial import Probe, attention_set, distance, tried
 
 if TYPE_CHECKING:
@@ -37,6 +39,17 @@ class Segment(NamedTuple):
     prefix_end: int
 
 
+class OneCall(NamedTuple):
+    """What attention to all segments of a row in one call takes: the keys of one segment after those of another, each
+    after those of its prefix. int32, on the row's device."""
+
+    keys: Tensor  # (K,): where in the row
+    cu_queries: Tensor  # (S + 1,): where each segment begins
+    cu_keys: Tensor  # (S + 1,): where the keys of each begin
+    most_queries: int  # of a segment
+    most_keys: int
+
+
 @dataclass
 class Pack:
     """A padded batch (R, T) as one row of L tokens."""
@@ -45,6 +58,7 @@ class Pack:
     position_ids: Tensor  # (1, L) int64, each token's position in its own sequence
     place: Tensor  # (R, T) int64: where in the row each place of the batch is computed; at padding, the token before it
     segments: tuple[Segment, ...]  # in order, without gaps
+    lengths: tuple[int, ...]  # (R,) tokens of each sequence
     calls: int = 0  # calls of the attention function; without any, the model was not packed
     _masks: dict = field(default_factory=dict)
 
@@ -61,16 +75,38 @@ class Pack:
             self._masks[key] = (apart >= 0) if window is None else (apart >= 0) & (apart < window)
         return self._masks[key]
 
+    @cached_property
+    def one_call(self) -> OneCall:
+        spans = [(np.arange(p, q), np.arange(start, end)) for start, end, p, q in self.segments]
+        queries, keys = ([len(own) for _, own in spans], [len(prefix) + len(own) for prefix, own in spans])
+        cu = [np.cumsum([0, *lengths]) for lengths in (queries, keys)]
+        whole = np.concatenate([part for span in spans for part in span])
+        sent = send(self.input_ids.device, *(x.astype(np.int32) for x in (whole, *cu)))
+        return OneCall(*sent, max(queries), max(keys))
+
+
+def send(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """Arrays of one type as tensors on the device, in one copy that the host does not wait for."""
+    together = torch.from_numpy(np.concatenate([x.reshape(-1) for x in arrays])).to(device, non_blocking=True)
+    return [x.view(like.shape) for x, like in zip(together.split([x.size for x in arrays]), arrays, strict=True)]
+
 
 def pack_groups(input_ids: Tensor, attention_mask: Tensor, groups: Iterable[Sequence[int]]) -> Pack:
     """Pack a padded batch, with the longest common prefix of each group of rows only once.
 
     input_ids, attention_mask: (R, T), padded anywhere. groups: their rows' numbers; each row is in one group.
     """
-    device, keep = input_ids.device, attention_mask.bool().cpu()
-    rows = [ids[mask] for ids, mask in zip(input_ids.cpu(), keep, strict=True)]
+    return packed(input_ids.cpu().numpy(), attention_mask.cpu().numpy(), groups, input_ids.device)
+
+
+def packed(
+    input_ids: np.ndarray, attention_mask: np.ndarray, groups: Iterable[Sequence[int]], device: torch.device
+) -> Pack:
+    """The same of arrays, to run on `device`."""
+    keep = attention_mask.astype(bool)
+    rows = [ids[mask] for ids, mask in zip(input_ids, keep, strict=True)]
     tokens, positions, segments = [], [], []
-    place = torch.zeros(input_ids.shape, dtype=torch.int64)
+    place = np.zeros(input_ids.shape, np.int64)
     end = 0
     for group in groups:
         base, common = end, _common([rows[r] for r in group])
@@ -78,27 +114,31 @@ def pack_groups(input_ids: Tensor, attention_mask: Tensor, groups: Iterable[Sequ
             shared = common if i else 0
             start, end = end, end + len(rows[r]) - shared
             tokens.append(rows[r][shared:])
-            positions.append(torch.arange(shared, len(rows[r])))
-            place[r, keep[r]] = torch.cat((torch.arange(base, base + shared), torch.arange(start, end)))
+            positions.append(np.arange(shared, len(rows[r])))
+            place[r, keep[r]] = np.concatenate((np.arange(base, base + shared), np.arange(start, end)))
             if end > start:
                 segments.append(Segment(start, end, base, base + shared))
-    kept = torch.where(keep, torch.arange(keep.shape[1]), 0).cummax(1).values  # the last one up to each place
-    place = place.gather(1, kept)
-    row, position = torch.cat(tokens)[None], torch.cat(positions)[None]
-    return Pack(row.to(device), position.to(device), place.to(device), tuple(segments))
+    kept = np.maximum.accumulate(np.where(keep, np.arange(keep.shape[1]), 0), 1)  # the last one up to each place
+    place = np.take_along_axis(place, kept, 1)
+    sent = send(device, np.concatenate(tokens)[None], np.concatenate(positions)[None], place)
+    return Pack(*sent, tuple(segments), tuple(map(len, rows)))
+
+
+def halves(rows: int) -> list[tuple[int, int]]:
+    """The groups of a batch of pairs: row b of the first half with row b of the second."""
+    return [(b, b + rows // 2) for b in range(rows // 2)]
 
 
 def pack_pairs(input_ids: Tensor, attention_mask: Tensor) -> Pack:
     """Pack the pairs (b, b + B) of a padded batch of 2B rows: see `pack_groups`."""
-    pairs = len(input_ids) // 2
-    return pack_groups(input_ids, attention_mask, [(b, b + pairs) for b in range(pairs)])
+    return pack_groups(input_ids, attention_mask, halves(len(input_ids)))
 
 
-def _common(rows: Sequence[Tensor]) -> int:
+def _common(rows: Sequence[np.ndarray]) -> int:
     """The length of the longest common prefix."""
     n = min(map(len, rows))
-    apart = (torch.stack([row[:n] for row in rows]) != rows[0][:n]).any(0).nonzero()
-    return n if len(apart) == 0 else int(apart[0])
+    apart = np.flatnonzero((np.stack([row[:n] for row in rows]) != rows[0][:n]).any(0))
+    return int(apart[0]) if len(apart) else n
 
 
 def can_pack(model: PreTrainedModel) -> Verdict:
@@ -176,63 +216,3 @@ def packed_hidden(model: PreTrainedModel, pack: Pack, **inputs: Any) -> Tensor:
     if pack.calls == calls:
         raise UserError(f"{type(model).__name__} cannot run packed: it keeps arguments from its attention")
     return hidden[0]
-
-
-def attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    *,
-    pack: Pack | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, heads, L, d), key, value (1, kv heads, L, d) -> (1, L, heads, d)."""
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise UserError("attention sinks and position biases cannot run packed")
-    if pack is None:
-        if softcap is not None:
-            return _capped(query, key, value, attention_mask, dropout, scaling, softcap).transpose(1, 2), None
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    pack.calls += 1
-    # Split, not sliced: the gradient of a slice would be a whole row, zero outside the segment.
-    lengths = [segment.end - segment.start for segment in pack.segments]
-    pieces = {
-        s.start: qkv for s, *qkv in zip(pack.segments, *(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    }
-    outputs = []
-    for segment in pack.segments:
-        q, k, v = pieces[segment.start]
-        shared = segment.prefix_end - segment.prefix_start
-        if shared:
-            _, *first = pieces[segment.prefix_start]
-            k, v = (torch.cat((x[:, :, :shared], own), 2) for x, own in zip(first, (k, v), strict=True))
-        mask = pack.mask(segment, sliding_window)
-        if softcap is not None:
-            if mask is None:
-                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-            outputs.append(_capped(q, k, v, mask, dropout, scaling, softcap))
-        else:
-            options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
-            outputs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options))
-    return torch.cat(outputs, 2).transpose(1, 2), None
-
-
-def _capped(q, k, v, mask, dropout, scaling, softcap) -> Tensor:
-    """softmax(softcap · tanh(q kᵀ scaling / softcap)) v, as Gemma 2's eager attention."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    p = scores.softmax(-1, dtype=torch.float32).to(q.dtype) if q.dtype != torch.float64 else scores.softmax(-1)
-    return F.dropout(p, dropout) @ v

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ def _ropes(config: Any) -> list[tuple[str, dict]]:
     return [(x.get("rope_type") or x.get("type") or "default", x) for x in each]
 
 
-def same_law(config: Any, lengths: list[int]) -> bool:
+def same_law(config: Any, lengths: Sequence[int]) -> bool:
     """Whether texts of these lengths may share a batch without changing each other's results; empty ones always may."""
     change = rope_change(config)
     if change is None or max(lengths, default=0) <= change:

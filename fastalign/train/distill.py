@@ -129,7 +129,8 @@ class DistillTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
     def _loss(self, model: Any, part: Sequence[Candidate], scale: float) -> Tensor:
         batch = row_batch(part, self.accelerator.device, pack=self._packs)
         log_probs = model(rows=batch)["log_probs"].sum(1)
-        weights = torch.tensor([one.weight for one in part], dtype=log_probs.dtype, device=log_probs.device)
+        weights = torch.tensor([one.weight for one in part], dtype=log_probs.dtype)
+        weights = weights.to(log_probs.device, non_blocking=True)
         return -scale * (weights * log_probs).sum()  # not weights @ log_probs, which autocast would round
 
     def prediction_step(

@@ -35,13 +35,13 @@ from fastalign.data.preferences import NUMBERS
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
 from fastalign.models.identity import described, language_model, reads_tokens
 from fastalign.models.loading import check_language_model
-from fastalign.models.packing import enable, pack_pairs
+from fastalign.models.packing import enable, halves
 from fastalign.models.trial import name_of, warn_once
 from fastalign.train import checks
 from fastalign.train.finite import StopsAtNaN
 from fastalign.train.pairs import split, take
 from fastalign.train.passes import reference_adapter, unchanged
-from fastalign.train.rows import CPU_TOKENS, RowBatch, add_row_forward
+from fastalign.train.rows import CPU_TOKENS, RowBatch, add_row_forward, batch_of
 
 COUPLED = {"aot", "aot_unpaired", "sft"}  # losses of a batch that are not the mean over its pairs
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -264,7 +264,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
     def _batch(self, inputs) -> RowBatch:
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
-        return RowBatch(ids, attention, labels, pack_pairs(ids, attention) if self._packs else None)
+        return batch_of(ids, attention, labels, halves(len(ids)) if self._packs else None, ids.device)
 
     def _reference(self, model, batch: RowBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
         with reference_adapter(self), unchanged(self, model):
@@ -311,7 +311,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         is_chosen, is_rejected = mask[:half], mask[half:]
         rewards, other = self.beta * chosen_ratios, self.beta * rejected_ratios
         sums = [
-            mask.sum(), is_chosen.sum(), is_rejected.sum(), rewards.new_tensor(half), inputs["attention_mask"].sum(),
+            mask.sum(), is_chosen.sum(), is_rejected.sum(), rewards.new_full((), half), inputs["attention_mask"].sum(),
             (scored["entropy"] * mask).sum(), (scored["is_top1"][:half] & is_chosen).sum(),
             (scored["mean_logits"][:half] * is_chosen).sum(), (scored["mean_logits"][half:] * is_rejected).sum(),
             rewards.sum(), other.sum(), (rewards > other).sum(), (rewards - other).sum(), chosen.sum(), rejected.sum(),

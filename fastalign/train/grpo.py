@@ -390,12 +390,14 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
                 reshard(self.ref_model)  # as `sync_ref_model` and checkpoints find its weights
 
     def _fill(self, field: str, rollouts: list[Rollout], model: Any) -> None:
+        made = []
         with unchanged(self, model):
             for part in self._parts([rollouts])[0]:
                 batch = row_batch(part, self.accelerator.device, pack=self._packs)
-                scored = model(rows=batch, temperature=self.temperature)["log_probs"]
-                for one, scores in zip(part, rollout.lists_of(scored, part), strict=True):
-                    setattr(one, field, scores)
+                made.append((part, model(rows=batch, temperature=self.temperature)["log_probs"]))
+        for part, scored in made:  # when a GPU has all of them to do
+            for one, scores in zip(part, rollout.lists_of(scored, part), strict=True):
+                setattr(one, field, scores)
 
     # Training
 
@@ -422,7 +424,7 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
     def _train_on(self, model: Any, window: list[Batch]) -> Tensor:
         args = self.args
         loss = self._backward(model, *self._buckets(window, len(window), len(window) / args.steps_per_generation))
-        self._logs.step("train", float(loss), args.entropy_coef)
+        self._logs.step("train", loss, args.entropy_coef)
         cycle = args.steps_per_generation * args.num_iterations
         generation = self._generation if self._step % cycle else None
         self._finished = Finished(self._step, generation, self.state.num_input_tokens_seen)
@@ -455,14 +457,15 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         scored = model(rows=batch, outputs=("log_probs", "entropy"), temperature=self.temperature)
         log_probs, entropy, mask = scored["log_probs"], scored["entropy"], batch.labels[:, 1:] != -100
         old, ref, weight = (rollout.beside(part, name, device) for name in ("old", "ref", "weight"))
-        advantages = torch.tensor([one.advantage for one in part], dtype=log_probs.dtype, device=device)
+        advantages = torch.tensor([one.advantage for one in part], dtype=log_probs.dtype)
+        advantages = advantages.to(device, non_blocking=True)
         if args.off_policy_mask_threshold is not None:
             drawn = None if self.rollout_func is None else rollout.beside(part, "drawn", device)
             before = next((x for x in (drawn, old) if x is not None), log_probs.detach())
             kept = rollout.on_policy(log_probs.detach(), before, mask, args.off_policy_mask_threshold)
             advantages = torch.where((advantages >= 0) | kept, advantages, 0)
         share = len(part) / scale.rows if scale.normalizer is None else 1.0
-        coef = scale.entropy_coef * float(mask.sum())
+        coef = scale.entropy_coef * len(batch.scored)
         kind = "dapo" if args.loss_type == "bnpo" else args.loss_type
         loss = grpo_loss(
             log_probs,
@@ -485,8 +488,8 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
             vespo_positive=(args.vespo_k_pos, args.vespo_lambda_pos),
             vespo_negative=(args.vespo_k_neg, args.vespo_lambda_neg),
         )
-        bonus = 0.0 if loss.entropy is None or coef == 0 else coef * float(loss.entropy)
-        self._logs.part(loss, args.loss_type, args.importance_sampling_level, int(mask.sum()), len(part), bonus)
+        level = args.importance_sampling_level
+        self._logs.part(loss, args.loss_type, level, len(batch.scored), len(part), coef)
         return loss.loss * share
 
     def prediction_step(
@@ -495,7 +498,7 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         """The loss of completions drawn for a batch of evaluation prompts; their rewards are logged."""
         generation = self._generate(inputs)
         total = self._evaluated(model, *self._buckets([generation], 1, 1.0))
-        self._logs.step("eval", float(total), self.args.entropy_coef)
+        self._logs.step("eval", total, self.args.entropy_coef)
         return total, None, None
 
     # Logs and checkpoints

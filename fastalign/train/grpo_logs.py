@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -9,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -30,9 +32,8 @@ class Logs:
         self.names, self.weights, self.completions = names, weights, completions
         self.metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._marked: dict[str, int] = {}  # name -> values at `mark`
-        self._sums: dict[str, list[float]] = {}  # name -> [sum, count], of the present step
-        self._shares: dict[str, list[float]] = {}  # name -> each completion's, of the present step
-        self._bonus = 0.0  # in the loss of the present step
+        self._terms: list[tuple[str, Tensor, float, float]] = []  # of the present step: name, value (), weight, count
+        self._shares: dict[str, list[Tensor]] = {}  # name -> each completion's, of the present step
         self._reported: dict[str, list[float]] = defaultdict(list)
         self._extra: dict[str, list[Any]] = defaultdict(list)
         self._table: dict[str, list[Any]] = {}  # the latest completions
@@ -110,9 +111,10 @@ class Logs:
         metrics["sampling/importance_sampling_ratio/mean"].append(sum(weights) / len(weights))
         metrics["sampling/importance_sampling_ratio/max"].append(max(weights))
 
-    def part(self, loss: PolicyLoss, loss_type: str, level: str, tokens: int, rows: int, bonus: float) -> None:
-        """The means of a part of a step; bonus: the entropy bonus in the step's loss."""
-        self._bonus += bonus
+    def part(self, loss: PolicyLoss, loss_type: str, level: str, tokens: int, rows: int, entropy_coef: float) -> None:
+        """The means of a part of a step; entropy_coef: of its mean entropy in the step's loss. Nothing is read."""
+        if entropy_coef and loss.entropy is not None:
+            self._terms.append(("policy_loss", loss.entropy, entropy_coef, 0))
         ratios = tokens if level == "token" else rows
         means: dict[str, tuple[Tensor | None, int]] = {"entropy": (loss.entropy, tokens), "kl": (loss.kl, tokens)}
         if loss_type in CLIPPED:
@@ -121,34 +123,37 @@ class Logs:
             means["clip_ratio/region_mean"] = (loss.clip_low + loss.clip_high, ratios)
             for name, clipped in zip(EXTREMES, (loss.rows.clip_low, loss.rows.clip_high), strict=True):
                 shares = clipped / loss.rows.tokens if level == "token" else clipped.clamp(max=1)
-                self._shares.setdefault(name, []).extend(x for x in shares.tolist() if not math.isnan(x))
+                self._shares.setdefault(name, []).append(shares)
         elif loss_type == "cispo":
             means["cispo_clip_ratio"] = (loss.clip_high, ratios)
         elif loss_type == "vespo":
             means["vespo/phi_seq_mean"] = (loss.weight, rows)
-        for name, (mean, count) in means.items():
-            if mean is not None:
-                self._add(name, float(mean) * count, count)
+        self._terms += [(name, mean, count, count) for name, (mean, count) in means.items() if mean is not None]
 
-    def _add(self, name: str, total: float, count: float) -> None:
-        """To a mean over the present step."""
-        sums = self._sums.setdefault(name, [0.0, 0.0])
-        sums[0], sums[1] = sums[0] + total, sums[1] + count
-
-    def step(self, mode: str, loss: float, entropy_coef: float) -> None:
+    def step(self, mode: str, loss: Tensor, entropy_coef: float) -> None:
         """Ends a step: its sums over all processes become means."""
         if entropy_coef:
-            self._add("policy_loss", loss + self._bonus, 1)
+            self._terms.append(("policy_loss", loss, 1, 1))
         if entropy_coef and mode == "train":
             self.metrics[mode]["entropy_coef"].append(entropy_coef)
-        parts = gather_object([(self._sums, self._shares)])
-        for name in self._sums:
+        parts = gather_object([self._read()])
+        for name in parts[0][0]:
             total, count = (sum(sums[name][k] for sums, _ in parts) for k in (0, 1))
             self.metrics[mode][name].append(total / max(count, 1.0))
-        for name in self._shares:
-            every = [x for _, shares in parts for x in shares[name]]
+        for name in parts[0][1]:
+            every = [x for _, shares in parts for x in shares[name] if not math.isnan(x)]
             self.metrics[mode][name].append(EXTREMES[name](every, default=math.nan))
-        self._sums, self._shares, self._bonus = {}, {}, 0.0
+        self._terms, self._shares = [], {}
+
+    def _read(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """name -> [sum, count] and name -> shares of the present step, read from a GPU at once."""
+        shares = {name: torch.cat(parts) for name, parts in self._shares.items()}
+        values = iter(torch.cat([*(value[None] for _, value, *_ in self._terms), *shares.values()]).tolist())
+        sums: dict[str, list[float]] = {}
+        for name, _, weight, count in self._terms:
+            total, before = sums.get(name, (0.0, 0.0))
+            sums[name] = [total + next(values) * weight, before + count]
+        return sums, {name: list(itertools.islice(values, len(x))) for name, x in shares.items()}
 
     def mark(self) -> None:
         """Ends a training step with all that it logs."""

@@ -151,7 +151,7 @@ def beside(rollouts: Sequence[Rollout], name: str, device: torch.device) -> Tens
     if any(one is None for one in lists):
         return None
     rows = [[0.0] * (len(rollout.prompt) - 1) + one for rollout, one in zip(rollouts, lists, strict=True)]
-    return padded(rows, 0.0, torch.float32).to(device)
+    return padded(rows, 0.0, torch.float32).to(device, non_blocking=True)
 
 
 def lists_of(scored: Tensor, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:

@@ -9,8 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastalign.models.packing import pack_groups
-from fastalign.train.rows import RowBatch
+from fastalign.train.rows import RowBatch, batch_of
 
 
 class Completion(Protocol):
@@ -54,9 +53,8 @@ def row_batch(completions: Sequence[Completion], device: torch.device, *, pack: 
     attention = padded([[1] * len(row) for row in rows], 0, torch.int64)
     counted = padded([[0] * len(one.prompt) + one.counts for one in completions], 0, torch.bool)
     labels = ids.masked_fill(~counted, -100)
-    ids, attention, labels = (x.to(device) for x in (ids, attention, labels))
     groups = [list(group) for _, group in itertools.groupby(range(len(rows)), lambda i: completions[i].prompt)]
-    return RowBatch(ids, attention, labels, pack_groups(ids, attention, groups) if pack else None)
+    return batch_of(ids, attention, labels, groups if pack else None, device)
 
 
 def padded(rows: list[list], value: Any, dtype: torch.dtype) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastalign.models.head import head_of
-from fastalign.models.packing import Pack, is_enabled, packed_hidden
+from fastalign.models.packing import Pack, is_enabled, packed, packed_hidden, send
 from fastalign.models.scoring import score
 from fastalign.models.spans import same_law
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
@@ -23,12 +25,31 @@ CPU_TOKENS = 1024  # in one forward pass: enough rows for the full rate of matri
 
 
 class RowBatch(NamedTuple):
-    """R sequences, padded anywhere."""
+    """R sequences, padded anywhere; made by `batch_of`."""
 
     input_ids: Tensor  # (R, T)
     attention_mask: Tensor  # (R, T)
     labels: Tensor  # (R, T): the ids of completion tokens, -100 elsewhere
+    scored: Tensor  # (n,): the places of (R, T - 1), one row after another, with a label: that of the next token
     pack: Pack | None  # the same batch as one row, for a model with `packing.enable`; or None
+
+
+def batch_of(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    groups: Iterable[Sequence[int]] | None,
+    device: torch.device,
+) -> RowBatch:
+    """A batch on `device`; its tensors, int64, are there or on the host. groups: of rows packed together, None: padded.
+
+    Where its tokens go is determined on the host: a GPU's batch is read once, before its forward pass, not within.
+    """
+    given = (input_ids, attention_mask, labels)
+    ids, mask, marked = (x.numpy() for x in (given if input_ids.is_cpu else torch.stack(given).cpu().unbind()))
+    (scored,) = send(device, np.flatnonzero(marked[:, 1:] != -100))
+    there = (x.to(device, non_blocking=True) for x in given)
+    return RowBatch(*there, scored, None if groups is None else packed(ids, mask, groups, device))
 
 
 def add_row_forward(model: PreTrainedModel) -> None:
@@ -62,14 +83,17 @@ def add_row_forward(model: PreTrainedModel) -> None:
 def _score(model: PreTrainedModel, rows: RowBatch, outputs: tuple[str, ...], temperature: float) -> dict[str, Tensor]:
     """Each output (R, T - 1): at t, of token t + 1, 0 outside completions. A dict, because autocast's wrapper can
     traverse it."""
-    labels = rows.labels[:, 1:]
-    scored = labels != -100
+    labels, pack = rows.labels[:, 1:], rows.pack
     options: dict[str, Any] = {"outputs": outputs, "temperature": temperature}
-    together = same_law(model.config.get_text_config(decoder=True), rows.attention_mask.sum(1).tolist())
-    if rows.pack is None or not is_enabled(model) or not together:
+    config = model.config.get_text_config(decoder=True)
+    if pack is None or not is_enabled(model) or not same_law(config, pack.lengths):
         fields = score(model, rows.input_ids, labels, attention_mask=rows.attention_mask, **options).outputs
     else:
-        hidden = packed_hidden(model, rows.pack).index_select(0, rows.pack.place[:, :-1][scored])
-        made = linear_token_logprobs(hidden, labels=labels[scored], **head_of(model).arguments(), **options)
+        hidden = packed_hidden(model, pack).index_select(0, pack.place[:, :-1].take(rows.scored))
+        made = linear_token_logprobs(hidden, labels=labels.take(rows.scored), **head_of(model).arguments(), **options)
         fields = made._asdict() if isinstance(made, TokenLogprobs) else {"log_probs": made}
-    return {name: x.new_zeros(scored.shape).masked_scatter(scored, x) for name, x in fields.items() if x is not None}
+    return {
+        name: x.new_zeros(labels.numel()).scatter(0, rows.scored, x).view(labels.shape)
+        for name, x in fields.items()
+        if x is not None
+    }

@@ -6,8 +6,9 @@ import transformers
 from small_models import MODELS, WINDOWED, build
 
 from fastalign import UserError
-from fastalign.models.packing import Segment, can_pack, enable, pack_groups, pack_pairs, packed_hidden
-from fastalign.train.rows import RowBatch, add_row_forward
+from fastalign.models import packed_attention
+from fastalign.models.packing import Segment, can_pack, enable, halves, pack_groups, pack_pairs, packed_hidden
+from fastalign.train.rows import add_row_forward, batch_of
 
 
 def pairs():
@@ -68,9 +69,9 @@ def test_log_probs_and_gradients_equal_those_of_each_row_alone(name, rows_of):
     add_row_forward(model)
     ids, mask = padded(rows)
     labels = ids.masked_fill(mask == 0, -100)
-    pack = pack_groups(ids, mask, groups)
-    assert pack.input_ids.shape[1] < int(mask.sum())
-    result = model(rows=RowBatch(ids, mask, labels, pack))["log_probs"][labels[:, 1:] != -100]
+    assert pack_groups(ids, mask, groups).input_ids.shape[1] < int(mask.sum())
+    batch = batch_of(ids, mask, labels, groups, ids.device)
+    result = model(rows=batch)["log_probs"][labels[:, 1:] != -100]
     error = 1e-4 if model.dtype == torch.float32 else 1e-6  # their norms compute in float32
     torch.testing.assert_close(result, expected, rtol=0, atol=error * float(expected.detach().abs().max()))
     (result * g).sum().backward()
@@ -133,7 +134,7 @@ def test_rows_are_scored_at_a_temperature(packed):
     expected = [log_probs(model, row[keep], 0.7) for row, keep in zip(ids, mask.bool(), strict=True)]
     enable(model)
     add_row_forward(model)
-    rows = RowBatch(ids, mask, labels, pack_pairs(ids, mask) if packed else None)
+    rows = batch_of(ids, mask, labels, halves(len(ids)) if packed else None, ids.device)
     result = model(rows=rows, temperature=0.7)["log_probs"]
     torch.testing.assert_close(result[labels[:, 1:] != -100], torch.cat(expected), rtol=0, atol=1e-5)
     assert not result[labels[:, 1:] == -100].any()
@@ -167,3 +168,54 @@ def test_models_that_cannot_be_packed_are_recognised():
     model = build("llama")  # its attention is not the packed one
     with pytest.raises(UserError, match="cannot run packed"):
         packed_hidden(model, pack_pairs(*batch()))
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, most_q, most_k, *, scale, window_size, enable_gqa):
+    """torch's attention for sequences of many lengths, in float64: a sequence's last query sees its last key."""
+    assert most_q == cu_q.diff().max() and most_k == cu_k.diff().max() and window_size[1] == 0
+    assert enable_gqa == (q.shape[1] != k.shape[1]) and cu_q[-1] == len(q) and cu_k[-1] == len(k) == len(v)
+    outputs = []
+    for i in range(len(cu_q) - 1):
+        own, seen = slice(*cu_q[i : i + 2].tolist()), slice(*cu_k[i : i + 2].tolist())
+        queries, keys, values = (x.double().transpose(0, 1) for x in (q[own], k[seen], v[seen]))
+        keys, values = (x.repeat_interleave(len(queries) // len(x), 0) for x in (keys, values))
+        at = torch.arange(queries.shape[1])[:, None] + keys.shape[1] - queries.shape[1]
+        apart = at - torch.arange(keys.shape[1])
+        hidden = (apart < 0) | ((window_size[0] >= 0) & (apart > window_size[0]))
+        scores = queries @ keys.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        outputs.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs).to(q.dtype)
+
+
+@pytest.mark.parametrize("rows_of", [pairs, completions])
+@pytest.mark.parametrize("name", ["llama", "mistral (window)"])
+def test_all_segments_in_one_call(monkeypatch, name, rows_of):
+    """What a GPU runs, with a plain stand-in for its kernel: the states and gradients of one call a segment."""
+    model = build(name)
+    enable(model)
+    rows, groups = rows_of()
+    results, calls = [], []
+
+    def counted(*args, **options):
+        calls.append(len(args[3]) - 1)
+        return plain_varlen(*args, **options)
+
+    monkeypatch.setattr(packed_attention, "_varlen", lambda: counted)
+    for together in (False, True):
+        monkeypatch.setattr(packed_attention, "_fits", lambda query, together=together: together)
+        model.zero_grad()
+        pack = pack_groups(*padded(rows), groups)
+        hidden = packed_hidden(model, pack)
+        hidden.square().sum().backward()
+        results.append([hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert calls == [len(pack.segments)] * model.config.num_hidden_layers
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-4 * float(one.abs().max()))
+
+
+def test_which_queries_are_attended_to_in_one_call():
+    def fits(dtype=torch.bfloat16, d=64, device="meta"):
+        return packed_attention._fits(torch.empty(1, 2, 3, d, dtype=dtype, device=device))
+
+    assert fits() and fits(torch.float16, 256)
+    assert not fits(torch.float32) and not fits(d=20) and not fits(d=224) and not fits(device="cpu")

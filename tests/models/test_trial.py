@@ -19,7 +19,7 @@ from fastalign.integrations.transformers import fused_forward
 from fastalign.models import compiled_layers as layers
 from fastalign.models import packing, trial
 from fastalign.models.scoring import fused_head, score
-from fastalign.train.rows import RowBatch, add_row_forward
+from fastalign.train.rows import add_row_forward, batch_of
 
 SIZES = dict(
     vocab_size=320,
@@ -172,7 +172,7 @@ def test_a_planted_fault_is_seen_and_no_number_is_wrong(fault, tokenizer, monkey
     plain = model.forward
     add_row_forward(model)
     with torch.no_grad():
-        result = model(rows=RowBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
+        result = model(rows=batch_of(ids, mask, labels, packing.halves(len(ids)), ids.device))["log_probs"]
     model.forward = plain
     assert differences(model, rows, labels, result) < ROUNDING
 
@@ -484,7 +484,7 @@ def test_scores_of_rows_on_both_sides_of_a_rope_s_change(kind, packed):
         if packed:
             assert packing.enable(model)
             add_row_forward(model)
-            result = model(rows=RowBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
+            result = model(rows=batch_of(ids, mask, labels, packing.halves(len(ids)), ids.device))["log_probs"]
             result = result[labels[:, 1:] != -100]
         else:
             result = score(model, ids, labels[:, 1:], attention_mask=mask).outputs["log_probs"]
