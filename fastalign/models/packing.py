@@ -81,8 +81,8 @@ class Pack:
         queries, keys = ([len(own) for _, own in spans], [len(prefix) + len(own) for prefix, own in spans])
         cu = [np.cumsum([0, *lengths]) for lengths in (queries, keys)]
         whole = np.concatenate([part for span in spans for part in span])
-        sent = send(self.input_ids.device, *(x.astype(np.int32) for x in (whole, *cu)))
-        return OneCall(*sent, max(queries), max(keys))
+        at, cu_queries, cu_keys = send(self.input_ids.device, *(x.astype(np.int32) for x in (whole, *cu)))
+        return OneCall(at, cu_queries, cu_keys, max(queries), max(keys))
 
 
 def send(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
@@ -120,8 +120,8 @@ def packed(
                 segments.append(Segment(start, end, base, base + shared))
     kept = np.maximum.accumulate(np.where(keep, np.arange(keep.shape[1]), 0), 1)  # the last one up to each place
     place = np.take_along_axis(place, kept, 1)
-    sent = send(device, np.concatenate(tokens)[None], np.concatenate(positions)[None], place)
-    return Pack(*sent, tuple(segments), tuple(map(len, rows)))
+    row, position, places = send(device, np.concatenate(tokens)[None], np.concatenate(positions)[None], place)
+    return Pack(row, position, places, tuple(segments), tuple(map(len, rows)))
 
 
 def halves(rows: int) -> list[tuple[int, int]]:

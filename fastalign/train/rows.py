@@ -48,8 +48,9 @@ def batch_of(
     given = (input_ids, attention_mask, labels)
     ids, mask, marked = (x.numpy() for x in (given if input_ids.is_cpu else torch.stack(given).cpu().unbind()))
     (scored,) = send(device, np.flatnonzero(marked[:, 1:] != -100))
-    there = (x.to(device, non_blocking=True) for x in given)
-    return RowBatch(*there, scored, None if groups is None else packed(ids, mask, groups, device))
+    pack = None if groups is None else packed(ids, mask, groups, device)
+    input_ids, attention_mask, labels = (x.to(device, non_blocking=True) for x in given)
+    return RowBatch(input_ids, attention_mask, labels, scored, pack)
 
 
 def add_row_forward(model: PreTrainedModel) -> None:
