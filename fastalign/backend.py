@@ -41,7 +41,7 @@ except ImportError:
     native = cast(Any, None)  # ops reach it only if `choose` says so
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
-BUILD_COMMAND = "pip install -e ."
+BUILD_COMMAND = "with a C++ compiler: pip install -e ."
 
 _forced = os.environ.get("FASTALIGN_BACKEND", "auto")
 _checked = False  # read on first use: an import raises nothing

@@ -28,7 +28,7 @@ COMBINATIONS = {  # name -> requirements beside the wheel
     "transformers 5.23": [TORCH, "transformers==5.23.*"],
     "transformers 5.22": [TORCH, "transformers==5.22.*"],
     "transformers 5.21": [TORCH, "transformers==5.21.*"],
-    "numpy 1.26": [TORCH, "numpy==1.26.*"],
+    "numpy 1.26": [TORCH, "numpy==1.26.*", "pyarrow<26"],  # 26 imports NumPy 2 alone
     "torch 2.9": ["torch==2.9.*"],
     "torch, newest": ["torch"],
 }
