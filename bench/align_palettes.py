@@ -5,7 +5,7 @@ SmolLM2-135M, three values, 200 prompts of which half are held out, another half
 inside of what reweighting reaches, with ten effective candidates per prompt or more. All of them are decoded; the first
 few are trained as well, by each method on the same budget: distill, grpo with λ steered, grpo with the λ of the
 candidates, and TRL's way, equal weights. Candidates are drawn and scored once. Resumable: the rows of --out are kept,
-also those of another machine, and a job that was broken off goes on in --work.
+those of another machine too, and a job that was broken off goes on in --work.
 """
 
 from __future__ import annotations
@@ -52,24 +52,25 @@ def equal_weights(job: Job, out: Path, left: Budget) -> float:
 
 
 TRAINED = {"distill": "distill", "grpo": "grpo", "grpo unsteered": unsteered, "equal weights": equal_weights}
+METHODS = {"decode": "decode", **TRAINED}
 
 
 def main() -> None:
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    finished = {(one["method"], one["palette"]) for one in rows}
     words = {one["palette"]: one["words"] for one in rows}
-    trained = [(method, i) for i in range(options.trained) for method in options.methods.split(",")]
-    left = [job for job in [*(("decode", i) for i in range(options.palettes)), *trained] if job not in finished]
+    finished = [(one["method"], one["palette"], one["settings"]) for one in rows]
+    budgeted = {name: getattr(options, name) for name in ("budget", "learning_rate", "dtype")}
+    jobs = [("decode", i, {"dtype": "float32"}) for i in range(options.palettes)]
+    jobs += [(method, i, budgeted) for i in range(options.trained) for method in options.methods.split(",")]
+    left = [job for job in jobs if job not in finished]
     pool = drawn(options.work / "pool.parquet") if left else None
-    for method, i in left:
+    for method, i, settings in left:
         words.setdefault(i, palette(pool, i))
         out = options.work / f"{method.replace(' ', '-')}-{i}"
-        how = TRAINED.get(method, "decode")
-        more = {name: getattr(options, name) for name in ("budget", "learning_rate", "dtype")}
-        settings = more if method in TRAINED else {"dtype": "float32"}
-        result = run(pool, words[i], out, i, how=how, **settings)
+        result = run(pool, words[i], out, i, how=METHODS[method], **settings)
+        rows = [one for one in rows if (one["method"], one["palette"]) != (method, i)]
         rows.append({**row(method, i, words[i], result), "settings": settings, "machine": place()})
         write(options, rows)
 
@@ -135,7 +136,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             sum(one["met"] for one in rows if one["method"] == method),
             sum(one["method"] == method for one in rows),
         ]
-        for method in ("decode", *TRAINED)
+        for method in METHODS
     }
     settings = {"candidates": CANDIDATES, "tokens": TOKENS, "values": NAMES}
     write_json(options.out, {"settings": settings, "met": hits, "rows": rows})
@@ -146,7 +147,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """By how many standard errors each value lies beyond its level, by method."""
     from fastalign.report.figures import REALISED, TARGET, style
 
-    known = [method for method in ("decode", *TRAINED) if any(one["method"] == method for one in rows)]
+    known = [method for method in METHODS if any(one["method"] == method for one in rows)]
     with style.figure(7.6, 1.0 + 0.6 * len(known)) as figure:
         axes = figure.add_subplot()
         for y, method in enumerate(known):
@@ -173,7 +174,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(TRAINED))
     parser.add_argument("--work", type=Path, default=Path("out/align_palettes"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "align_palettes.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set(options.methods.split(",")) - set(TRAINED):
+        parser.error(f"--methods must be of {', '.join(TRAINED)}; got {', '.join(sorted(unknown))}")
+    return options
 
 
 if __name__ == "__main__":

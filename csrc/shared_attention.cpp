@@ -51,19 +51,26 @@ static void product(float* c, int64_t ldc, const float* a, int64_t lda, const fl
   for (; j < n; j += kL) tile<R, 1, Add>(c + j, ldc, a, lda, b + j, ldb, k);
 }
 
+template <int R> struct Count { static constexpr int value = R; };
+
+// f(Count<rows>()), for 1 <= rows <= kRows
+template <typename F> static inline void with_count(int64_t rows, const F& f) {
+  static_assert(kRows == 6);
+  switch (rows) {
+    case 1: return f(Count<1>());
+    case 2: return f(Count<2>());
+    case 3: return f(Count<3>());
+    case 4: return f(Count<4>());
+    case 5: return f(Count<5>());
+    default: return f(Count<6>());
+  }
+}
+
 // c (rows <= kRows, n) = or += a (rows, k) b (k, n), for n a multiple of the lanes
 template <bool Add>
 static void product(int64_t rows, float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k,
                     int64_t n) {
-  static_assert(kRows == 6);
-  switch (rows) {
-    case 1: return product<1, Add>(c, ldc, a, lda, b, ldb, k, n);
-    case 2: return product<2, Add>(c, ldc, a, lda, b, ldb, k, n);
-    case 3: return product<3, Add>(c, ldc, a, lda, b, ldb, k, n);
-    case 4: return product<4, Add>(c, ldc, a, lda, b, ldb, k, n);
-    case 5: return product<5, Add>(c, ldc, a, lda, b, ldb, k, n);
-    default: return product<6, Add>(c, ldc, a, lda, b, ldb, k, n);
-  }
+  with_count(rows, [&](auto count) { product<count.value, Add>(c, ldc, a, lda, b, ldb, k, n); });
 }
 
 // n numbers as float32, and zeros up to whole vectors
@@ -191,19 +198,6 @@ static inline void dots(float* scores, const float* query, int64_t ldq, const S*
   }
 }
 
-template <typename S>
-static void dots(int64_t rows, float* scores, const float* query, int64_t ldq, const S* keys, int64_t n, int64_t d) {
-  static_assert(kRows == 6);
-  switch (rows) {
-    case 1: return dots<1>(scores, query, ldq, keys, n, d);
-    case 2: return dots<2>(scores, query, ldq, keys, n, d);
-    case 3: return dots<3>(scores, query, ldq, keys, n, d);
-    case 4: return dots<4>(scores, query, ldq, keys, n, d);
-    case 5: return dots<5>(scores, query, ldq, keys, n, d);
-    default: return dots<6>(scores, query, ldq, keys, n, d);
-  }
-}
-
 // The group's queries of one row, from the first-th, and its own tokens.
 template <typename S>
 static void over_own(const SharedAttention& in, int64_t row, int64_t head, int64_t first, const Scratch& s) {
@@ -215,7 +209,7 @@ static void over_own(const SharedAttention& in, int64_t row, int64_t head, int64
     for (int64_t t = 0; t < n; ++t) widen(s.values + t * dv, values + (begin + t) * in.dv, in.dv);
     for (int64_t g = 0; g < in.group; g += kRows) {
       const int64_t some = in.group - g < kRows ? in.group - g : kRows, q = first + g;
-      dots<S>(some, s.scores, s.query + q * d, d, keys + begin * in.d, n, in.d);
+      with_count(some, [&](auto count) { dots<count.value>(s.scores, s.query + q * d, d, keys + begin * in.d, n, in.d); });
       for (int64_t r = 0; r < some; ++r) {
         for (int64_t t = n; t < wide; ++t) s.scores[r * kKeys + t] = kNegInf;
         take(s.so_far[q + r], s.scores + r * kKeys, wide, s.sum + (q + r) * dv, dv, in.softcap);

@@ -41,7 +41,7 @@ except ImportError:
     native = cast(Any, None)  # ops reach it only if `choose` says so
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
-BUILD_COMMAND = "with a C++ compiler: pip install -e ."
+HOW_TO_BUILD = "with a C++ compiler: pip install -e ."
 
 _forced = os.environ.get("FASTALIGN_BACKEND", "auto")
 _checked = False  # read on first use: an import raises nothing
@@ -131,7 +131,7 @@ def _choose(kind: str, device: torch.device | str) -> str:
         if native is not None:
             return "cpu"
         _warn_once(
-            "native", f"fastalign's native extension is not built; the slow reference runs instead ({BUILD_COMMAND})"
+            "native", f"fastalign's native extension is not built; the slow reference runs instead ({HOW_TO_BUILD})"
         )
     else:
         _warn_once(kind, f"fastalign has no compiled kernel for {kind}; the torch reference runs instead")
@@ -161,7 +161,7 @@ def _check(name: str, argument: str) -> None:
     if name not in BACKENDS:
         raise UserError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpu" and native is None:
-        raise UserError(f"{argument} 'cpu' needs the native extension, which is not built: {BUILD_COMMAND}")
+        raise UserError(f"{argument} 'cpu' needs the native extension, which is not built: {HOW_TO_BUILD}")
     if name == "triton" and not has_triton():
         raise UserError(f"{argument} 'triton' needs Triton, which is not installed: pip install triton")
 

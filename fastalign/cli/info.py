@@ -43,7 +43,7 @@ def show(console: Console) -> None:
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     native, forced = backend.native, _forced()
     if native is None:
-        table.add_row("CPU backend", f"reference: the native extension is not built ({backend.BUILD_COMMAND})")
+        table.add_row("CPU backend", f"reference: the native extension is not built ({backend.HOW_TO_BUILD})")
     else:
         isa = f"{native.active_isa()} (available: {', '.join(native.available_isas())})"
         table.add_row("CPU backend", forced or f"compiled, {isa}")
