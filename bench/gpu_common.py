@@ -23,6 +23,7 @@ class Work:
     flops: int = 0  # of its matrix products
     peers: dict[str, Callable[[], Any]] = field(default_factory=dict)  # name -> the same work by others; "cuda" alone
     check: Callable[[], None] | None = None  # asserts that the result is right, against the reference in float64
+    rounds: int | None = None  # timed at most so often
 
 
 @dataclass(frozen=True)

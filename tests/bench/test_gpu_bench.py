@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastalign.bench import gpu_jobs
+from turns import by_the_day
 
 GPU = Path(__file__).parents[2] / "bench" / "gpu.py"
 
@@ -51,10 +53,10 @@ def test_the_table_names_device_driver_and_versions_and_shows_what_failed(gpu):
 
 
 def test_the_most_important_cases_come_first_and_a_run_on_the_same_goes_on(gpu, tmp_path):
-    order = [op for op, _ in gpu.in_order(list(gpu.cases()))]
+    order = [op for op, _ in gpu.in_order(list(gpu.every()))]
     ops = list(dict.fromkeys(order))
     assert order[0] == "linear_token_logprobs" and order[: len(ops)] == ops
-    assert sorted(order) == sorted(op for op, _ in gpu.cases())
+    assert sorted(order) == sorted(op for op, _ in gpu.every())
     where = {"device": "D1", "driver": "9.9", "versions": {"torch": "2"}, "date": "d"}
     path = tmp_path / "gpu.json"
     assert gpu.earlier(path, where) is None
@@ -62,3 +64,10 @@ def test_the_most_important_cases_come_first_and_a_run_on_the_same_goes_on(gpu, 
     path.write_text(json.dumps({"machine": where, "ceilings": {}, "results": results}))
     assert gpu.earlier(path, where | {"date": "e"})["results"] == results[:1]
     assert gpu.earlier(path, where | {"driver": "10"}) is None
+
+
+@pytest.mark.parametrize("case", by_the_day(gpu_jobs.cases(), 4), ids=lambda case: f"{case[0]} {case[1].name}")
+def test_the_jobs_run_and_are_right(case):
+    work = case[1].build("cpu", True)
+    work.check()
+    work.run()
