@@ -87,6 +87,28 @@ def log_probs(model, row, temperature=1.0):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2 (softcap)", "mistral (window)"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_gradients_are_as_close_as_those_of_each_row_alone(name, dtype):
+    rows, groups = completions()
+    ids, mask = padded(rows)
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def gradient(dtype, packed):
+        model = build(name).to(dtype)
+        if packed:
+            enable(model)
+            add_row_forward(model)
+            model(rows=batch_of(ids, mask, labels, groups, ids.device))["log_probs"].sum().backward()
+        else:
+            torch.cat([log_probs(model, row) for row in rows]).sum().backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+    truth = gradient(torch.float64, False)
+    alone, packed = ((gradient(dtype, way) - truth).norm() / truth.norm() for way in (False, True))
+    assert packed < 1.3 * alone + 1e-3, (float(packed), float(alone))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2 (softcap)", "mistral (window)"])
 def test_without_a_pack_the_model_is_what_it_was(name):
     model = build(name)
     ids, mask = batch()
