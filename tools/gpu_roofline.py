@@ -11,8 +11,11 @@ the tensor cores, are the limit; above it the instructions are.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -58,6 +61,7 @@ UNITS = {
     "integer": r"IADD3?|IADD64|VIADD\w*|LOP3|ISETP|SEL|FSEL|FMNMX3?|FSETP|SHF|PRMT|IMNMX|VIMNMX\w*|LEA|IMAD",
 }
 PRODUCTS = r"HMMA|HGMMA|UTCHMMA|QGMMA|IMMA|DMMA"
+LAUNCH = 5e-6  # seconds of the host
 TF32 = 1 / 6  # of bfloat16's rate: half of it, and three products for one
 
 
@@ -261,9 +265,43 @@ thread, or operations of a block. `warps`: how many a multiprocessor, with room 
 ## Cases
 
 {cases}
+## Steps
+
+A token of decoding, and a training step without its optimiser, of a Llama of 1B parameters in bfloat16 (16 layers of
+width 2,048, 49,152 entries), traced by `tools/gpu_steps.py`. Time is the longer of its bytes at the memory's rate and
+its products at the tensor cores'. `host` is what its launches take at 5 microseconds each: where that is longer, the
+GPU waits for Python.
+
+{steps}
 ## Kernels
 
 {kernels}"""
+
+
+def steps() -> list[dict]:
+    """Of `gpu_steps`, in the interpreter, which this process has turned off."""
+    command = [sys.executable, Path(__file__).with_name("gpu_steps.py")]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+def table_of_steps(found: list[dict], devices: list[str]) -> str:
+    lines = [
+        "| step | GB | TFLOP | launches | waits | memory, GB | host, ms | "
+        f"{' | '.join(f'{d}, ms | by' for d in devices)} |",
+        "| --- " * (7 + 2 * len(devices)) + "|",
+    ]
+    for one in found:
+        times = []
+        for gpu in (GPUS[device] for device in devices):
+            limits = {"memory": one["bytes"] / gpu.bandwidth, "tensor cores": one["flops"] / gpu.products}
+            limit = max(limits, key=lambda name: limits[name])
+            times.append(f"{limits[limit] * 1e3:.3g} | {limit}")
+        lines.append(
+            f"| {one['name']} | {one['bytes'] / 1e9:.1f} | {one['flops'] / 1e12:.2f} | {one['launches']:,} | "
+            f"{one['waits']} | {one['peak'] / 1e9:.2f} | {one['launches'] * LAUNCH * 1e3:.1f} | {' | '.join(times)} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def page(kernels: list[Kernel], found: list[Case]) -> str:
@@ -301,7 +339,9 @@ def page(kernels: list[Kernel], found: list[Case]) -> str:
             f"{k.spills} | {k.resident} | {k.limit} |"
         )
     tables = ("\n".join(part) + "\n" for part in (lines, rows))
-    return PAGE.format(version=triton.__version__, gpus=gpus, cases=next(tables), kernels=next(tables))
+    cases, each = tables
+    of_steps = table_of_steps(steps(), devices)
+    return PAGE.format(version=triton.__version__, gpus=gpus, cases=cases, steps=of_steps, kernels=each)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -148,3 +148,15 @@ def test_a_packed_row_is_one_attention_a_layer(costs, name):
         found.append(costs.traced(lambda pack=pack: packed_hidden(model, pack)))
     assert found[1].launches == found[2].launches and not found[2].waits
     assert found[2].operations["_varlen_attn"] == model.config.num_hidden_layers
+
+
+def test_whole_steps_of_a_llama_of_two_layers(costs, monkeypatch):
+    """What the table of predictions is made of: a decoded token for 1, 8 and 64 prompts, and a packed training step."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    import gpu_steps
+
+    *decoded, trained = gpu_steps.steps("tiny")
+    assert len(decoded) == 3 and len({step.launches for step in decoded}) == 1
+    assert decoded[0].launches <= 13 * 2 + 22
+    assert not any(step.waits for step in (*decoded, trained))
+    assert trained.launches <= 380
