@@ -132,7 +132,7 @@ def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[s
             except Exception as error:  # another package's failure becomes a line in the table
                 result.setdefault("peers_failed", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         rounds = min(rounds, work.rounds or rounds)
-        for _ in range(min(3, rounds)):
+        for _ in range(1 if work.rounds else 3):
             for call in calls.values():
                 call()
         flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
