@@ -41,7 +41,7 @@ INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 Result = Mapping[str, Any]  # what a command returns and --json prints
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results, and nothing else, as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show results and errors alone, no progress and no notes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show only results and errors.")]
 
 
 Command = Callable[..., Any]

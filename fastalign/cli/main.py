@@ -197,9 +197,7 @@ def sample(
     overwrite: Overwrite = False,
     more: Annotated[
         int | None,
-        typer.Option(
-            help="Add this many candidates per prompt to the file --out, with its own model, prompts and settings."
-        ),
+        typer.Option(help="Add this many candidates per prompt to the file --out, drawn as those that it holds."),
     ] = None,
     ray: Annotated[
         str | None,
