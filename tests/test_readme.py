@@ -12,6 +12,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BEFORE, AFTER = re.findall(r"```python\n(.*?)```", README.partition("## Before and after")[2], re.S)[:2]
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
 def run(code, **given):
     exec(code, given)
     return given

@@ -60,15 +60,15 @@ def align(
     watch: Annotated[
         str | None,
         typer.Option(
-            help="Rewards that the proof measures too, and nothing is optimised for: one that falls shows "
-            "over-optimisation. As --rewards."
+            help="Rewards to measure in the proof but not to optimise, named as in --rewards: one that falls shows "
+            "over-optimisation."
         ),
     ] = None,
     limit: Limit = None,
     column: Annotated[str | None, typer.Option(help="Column with the prompts.")] = None,
     **options: Any,
 ) -> Result:
-    """A palette in; texts or a model out that hold it on prompts they have not seen, with the proof.
+    """Produce texts, or a model, that hold a palette on held-out prompts, and the proof.
 
     Exit code 3: no reweighting of the model's answers reaches the palette.
     """

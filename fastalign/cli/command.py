@@ -41,7 +41,7 @@ INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 Result = Mapping[str, Any]  # what a command returns and --json prints
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results, and nothing else, as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show results and errors alone, no progress and no notes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show only results and errors.")]
 
 
 Command = Callable[..., Any]
@@ -124,14 +124,14 @@ def registrar(app: typer.Typer) -> Registrar:
     return command
 
 
-def console(*, markup: bool = False, out: Path | None = None) -> Console:
-    """A rich console. markup: interpret [bold] and the like; off for users' names and texts. out: the command's output
-    file; for "-" the console prints to stderr. With --json it prints nothing."""
+def console(out: Path | None = None) -> Console:
+    """A rich console, without markup such as [bold], which names and texts may contain. out: the command's output file;
+    for "-" the console prints to stderr. With --json it prints nothing."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else UNWRAPPED
     stderr = str(out) == STDOUT
-    return Console(highlight=False, markup=markup, emoji=False, stderr=stderr, width=width, quiet=_AS_JSON.get())
+    return Console(highlight=False, markup=False, emoji=False, stderr=stderr, width=width, quiet=_AS_JSON.get())
 
 
 @contextmanager

@@ -36,6 +36,7 @@ OPTIONAL = {
 def show(console: Console) -> None:
     """Print it to a rich console."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("fastalign", fastalign.__version__)
@@ -52,17 +53,17 @@ def show(console: Console) -> None:
     table.add_row("GPU backend", _gpu())
     table.add_row("GPU kernels", ", ".join(kernel_names()) or "none in this version")
     console.print(table)
-    console.print("\n[bold]optional packages[/bold]")
+    console.print("\noptional packages", style="bold")
     packages = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, use in OPTIONAL.items():
-        packages.add_row(f"  {name}", _version(name) or "[dim]absent[/dim]", use)
+        packages.add_row(f"  {name}", _version(name) or Text("absent", "dim"), use)
     console.print(packages)
-    console.print("\n[bold]rewards[/bold]")
+    console.print("\nrewards", style="bold")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, what in rewards.available().items():
         if name in PRESETS:
             continue
-        table.add_row(f"  {name}", what.description if what.installed else f"[dim]needs {what.package}[/dim]")
+        table.add_row(f"  {name}", what.description if what.installed else Text(f"needs {what.package}", "dim"))
     console.print(table)
     console.print(f"  and {len(PRESETS)} presets of the literature: fastalign rewards")
 

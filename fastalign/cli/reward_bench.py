@@ -33,7 +33,7 @@ def reward_bench(
     ] = None,
     overwrite: Overwrite = False,
 ) -> Result:
-    """Measure rewards by the correct answer among several: accuracy by subset, and calibration."""
+    """Measure how well rewards find the correct answer among several: accuracy by subset, and calibration."""
     from rich.table import Table
 
     from fastalign.jobs import reward_bench as job

@@ -53,8 +53,8 @@ Lam = Annotated[str | None, typer.Option(help="One weight per value: 1.0,0.5 or 
 FromPalette = Annotated[
     Path | None,
     typer.Option(
-        help="Take λ from this file of `fastalign map`, and its values too, unless --values says what their "
-        "names stand for."
+        help="Take λ from this file of `fastalign map`, and its values too, unless --values gives the rewards of "
+        "those names."
     ),
 ]
 Prompts = Annotated[

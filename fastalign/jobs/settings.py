@@ -167,7 +167,7 @@ class GRPOSettings(TrainerSettings):
     `completions`. chat: None: if there is a template and no prompt is a dialogue in text."""
 
     advantage: Annotated[
-        str, "How rewards become advantages: grpo, batch, dr_grpo, rloo, gdpo (each value apart), rank."
+        str, "How rewards become advantages: grpo, batch, dr_grpo, rloo, gdpo (each value separately), rank."
     ] = "grpo"
     loss_type: Annotated[str, "dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo or vespo."] = "dapo"
     learning_rate: LearningRate = 1e-6
@@ -244,16 +244,16 @@ class AlignSettings(Settings):
     top_p: float = 1.0
     heldout: Annotated[float, "Share of the prompts held out, on which the result is proved."] = 0.5
     texts_per_prompt: Annotated[int | None, "Texts of the result per prompt; default 1, of a trained model 4."] = None
-    budget: Annotated[str | None, "Time or tokens for all of it: 20m, 90s, 1h or 200000t."] = None
-    learning_rate: Annotated[float | None, "Of the training; default: its method's own."] = None
+    budget: Annotated[str | None, "Limit of time or tokens for the whole job: 20m, 90s, 1h or 200000t."] = None
+    learning_rate: Annotated[float | None, "Learning rate of the optimiser; default: that of the method."] = None
     lora_r: Annotated[
         int | None, "Train LoRA adapters of this rank, merged at the end; 0: all weights. Default: 16 for grpo, else 0."
     ] = None
-    rounds: Annotated[int, "Train so many times, each from the model and the candidates of the round before."] = 1
+    rounds: Annotated[int, "Rounds of training; each starts from the model and candidates of the one before."] = 1
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
-    allow_infeasible: Annotated[bool, "Go on to a palette near one that is proved impossible; exit with 0."] = False
+    allow_infeasible: Annotated[bool, "If the palette is proved impossible, go on with one near it; exit 0."] = False
     push_to_hub: Annotated[str | None, "Upload the trained model and its card to this repository of the hub."] = None
     resume: bool = False
     overwrite: bool = False

@@ -17,6 +17,7 @@ from tiny import tiny_folder
 from turns import on_its_day
 from typer.testing import CliRunner
 
+from fastalign import rewards
 from fastalign._base import files
 from fastalign.backend import use_backend
 from fastalign.cli import main as cli
@@ -250,7 +251,9 @@ def test_bench_knows_its_names_from_collection_alone(tmp_path):
 def test_info_tells_what_runs():
     code, out, _ = fastalign("info")
     assert code == 0
-    for word in ("CPU backend", " linear_token_logprobs,", "map_statistics", "vaderSentiment", "positive"):
+    description = rewards.available()["implicit"].description
+    assert "[model=TUNED" in description  # brackets that are no markup
+    for word in ("CPU backend", " linear_token_logprobs,", "map_statistics", "vaderSentiment", "positive", description):
         assert word in out
     with use_backend("reference"):
         assert "CPU backend  reference (FASTALIGN_BACKEND)" in fastalign("info")[1]

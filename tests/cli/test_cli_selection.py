@@ -151,6 +151,10 @@ def test_candidates_of_another_program_go_through_every_command(tmp_path, form):
     assert picked.prompts[0] == "why 0" and picked.texts[0][0].startswith("because")
     more = ["--selected", selected, *palette]
     assert fastalign("eval", path, *columns, *more, "--out", tmp_path / "eval.json")[0] == 0
+    other = ["--palette", tmp_path / "other.json"]
+    assert fastalign("map", path, *columns, "--palette", "helpful=base+0.5sd", "--out", other[1])[0] == 0
+    line = refused("eval", path, *columns, "--selected", selected, *other, "--out", tmp_path / "other_eval.json")
+    assert f"{selected}: its texts were selected by another palette's λ, {solution['lambda']}" in line
     assert fastalign("eval", path, *columns, "--lam-grid", "helpful=0:1:2", "--out", tmp_path / "grid.json")[0] == 0
     assert fastalign("pareto", path, *columns, "--n-lam", 5, "--out", tmp_path / "fronts")[0] == 0
     assert fastalign("score", path, *columns, "--rewards", "diversity", "--out", tmp_path / "s.parquet")[0] == 0

@@ -732,6 +732,11 @@ def evaluate(
     palettes.check_carried(palette, solution, whole.rewards)
     if picked.prompts != whole.prompts:
         raise UserError(f"{selected}: its prompts are not those of {scored}")
+    used = picked.settings.get("selection", {})
+    if "lambda" in used and (used["values"], used["lambda"]) != (solution["values"], solution["lambda"]):
+        raise UserError(
+            f"{selected}: its texts were selected by another palette's λ, {used['lambda']}; give that palette"
+        )
     result = report.build(
         values=solution["values"],
         rewards=whole.reward_array(solution["values"]),
