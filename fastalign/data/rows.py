@@ -136,9 +136,9 @@ def _arrow(path: Path, columns: Callable[[list[str]], list[str]] | None) -> Iter
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
@@ -163,7 +163,7 @@ def _json(path: Path) -> Iterator[Any]:
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     limit = max(csv.field_size_limit(), path.stat().st_size)  # the library's own limit is 131,072 characters
     csv.field_size_limit(limit)
-    with _opened(path) as file:
+    with _opened(path, newline="") as file:  # the line ends within a cell are its text
         try:
             for i, row in enumerate(csv.DictReader(file)):
                 if None in row:
