@@ -16,6 +16,12 @@ from fastalign._base.hub import check_reachable
 from fastalign._base.tables import readable
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
+# Usual names of the columns of prompts and of responses.
+PROMPTS = ("prompt", "prompts", "messages", "question", "instruction", "query", "input")  # tried in this order
+RESPONSES = (
+    "response", "responses", "completion", "completions", "text", "texts", "output", "outputs", "answer", "generation",
+    "candidate", "candidates",
+)  # fmt: skip
 BATCH = 1024  # rows of a table that are held at once
 _BAD_CELLS = (ValueError,)  # bytes that are not text, dates beyond the calendar
 

@@ -20,13 +20,9 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
 from fastalign.data import rows as sources
 from fastalign.data.conversations import Conversation, as_prompt
+from fastalign.data.rows import PROMPTS, RESPONSES
 from fastalign.decode.candidates import Candidates
 
-PROMPTS = ("prompt", "prompts", "messages", "question", "instruction", "query", "input")  # tried in this order
-RESPONSES = (
-    "response", "responses", "completion", "completions", "text", "texts", "output", "outputs", "answer", "generation",
-    "candidate", "candidates",
-)  # fmt: skip
 # Numbers that are no scores, of our own files and of others'.
 _NO_VALUES = {
     "prompt_id", "candidate_id", "draw", "tokens", "logprob", "log_weight", "is_conversation", "id", "index", "idx",
