@@ -12,6 +12,7 @@ that adds up to 1. The first value of each form is what most people mean by "pre
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,11 +53,9 @@ def form_of(row: Row) -> Form | None:
 def _pku(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
         for value in ("better", "safer"):
-            at = row.get(f"{value}_response_id")
-            if at not in (0, 1, "0", "1"):
-                raise UserError(f"{where}: row {i}: {value}_response_id must be 0 or 1, got {at!r}")
+            at = _which(where, i, f"{value}_response_id", row)
             both = [row["response_0"], row["response_1"]]
-            yield _pair(row["prompt"], both[int(at)], both[1 - int(at)], value)
+            yield _pair(row["prompt"], both[at], both[1 - at], value)
 
 
 def _ultrafeedback(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
@@ -77,9 +76,10 @@ def _ultrafeedback_rating(answer: Row, value: str) -> float | None:
     else:
         x = ((answer.get("annotations") or {}).get(value) or {}).get("Rating")
     try:
-        return float(x)  # type: ignore[arg-type]
+        rating = float(x)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # "N/A"
         return None
+    return None if math.isnan(rating) else rating
 
 
 def _helpsteer(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
@@ -92,7 +92,7 @@ def _helpsteer(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
             yield NoPair(LONE, None)
             continue
         for value in HELPSTEER:
-            rated = [(i, row) for i, row in several if row.get(value) is not None]
+            rated = [(i, row) for i, row in several if not _missing(row.get(value))]
             scored = [(number(f"{where}: row {i}: {value}", row[value]), row["response"]) for i, row in rated]
             pair = _best_worst(prompt, scored, value)
             yield _as_messages(pair) if talks and isinstance(pair, dict) else pair
@@ -109,10 +109,8 @@ def _helpsteer3(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
 
 def _shp(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
-        if row["labels"] not in (0, 1, "0", "1"):
-            raise UserError(f"{where}: row {i}: labels must be 0 or 1, got {row['labels']!r}")
+        first = _which(where, i, "labels", row)
         both = [row["human_ref_B"], row["human_ref_A"]]
-        first = int(row["labels"])
         yield _pair(row["history"], both[first], both[1 - first], "preferred")
 
 
@@ -128,6 +126,19 @@ def _nectar(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
         yield from ({**pair, "weight": 1 / len(known)} for pair in known)
         if not known:
             yield NoPair(TIES if len(answers) > 1 else LONE, "rank")
+
+
+def _missing(x: Any) -> bool:
+    """As JSON, CSV and pandas write that nothing is there."""
+    return x is None or x == "" or x != x or (isinstance(x, str) and x.strip().lower() == "nan")
+
+
+def _which(where: str, i: int, name: str, row: Row) -> int:
+    """The index 0 or 1 in a cell, also as pandas writes a column of floats (0.0). Raises UserError."""
+    x = row.get(name)
+    if x not in (0, 1, "0", "1", "0.0", "1.0"):
+        raise UserError(f"{where}: row {i}: {name} must be 0 or 1, got {x!r}")
+    return int(float(x))
 
 
 def _pair(prompt: Any, chosen: Any, rejected: Any, value: str) -> Pair | NoPair:

@@ -16,6 +16,12 @@ from fastalign._base.hub import check_reachable
 from fastalign._base.tables import readable
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
+# Usual names of the columns of prompts and of responses.
+PROMPTS = ("prompt", "prompts", "messages", "question", "instruction", "query", "input")  # tried in this order
+RESPONSES = (
+    "response", "responses", "completion", "completions", "text", "texts", "output", "outputs", "answer", "generation",
+    "candidate", "candidates",
+)  # fmt: skip
 BATCH = 1024  # rows of a table that are held at once
 _BAD_CELLS = (ValueError,)  # bytes that are not text, dates beyond the calendar
 
@@ -136,9 +142,9 @@ def _arrow(path: Path, columns: Callable[[list[str]], list[str]] | None) -> Iter
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
@@ -163,7 +169,7 @@ def _json(path: Path) -> Iterator[Any]:
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     limit = max(csv.field_size_limit(), path.stat().st_size)  # the library's own limit is 131,072 characters
     csv.field_size_limit(limit)
-    with _opened(path) as file:
+    with _opened(path, newline="") as file:  # the line ends within a cell are its text
         try:
             for i, row in enumerate(csv.DictReader(file)):
                 if None in row:

@@ -20,17 +20,14 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
 from fastalign.data import rows as sources
 from fastalign.data.conversations import Conversation, as_prompt
+from fastalign.data.rows import PROMPTS, RESPONSES
 from fastalign.decode.candidates import Candidates
 
-PROMPTS = ("prompt", "prompts", "messages", "question", "instruction", "query", "input")  # tried in this order
-RESPONSES = (
-    "response", "responses", "completion", "completions", "text", "texts", "output", "outputs", "answer", "generation",
-    "candidate", "candidates",
-)  # fmt: skip
 # Numbers that are no scores, of our own files and of others'.
 _NO_VALUES = {
     "prompt_id", "candidate_id", "draw", "tokens", "logprob", "log_weight", "is_conversation", "id", "index", "idx",
     "seed", "row", "", "Unnamed: 0", "__index_level_0__",  # the last three: an index of pandas
+    "token_ids", "logprobs", "prompt_token_ids", "num_cached_tokens", "finished",  # of vLLM
 }  # fmt: skip
 _REWARD = "reward:"  # how our own files name them
 
@@ -83,9 +80,8 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
     seen = _survey(table, where)
     have = list(seen)
     prompt = _column(where, have, columns.prompt, PROMPTS, "prompt", "prompts")
-    response = _column(
-        where, [name for name in have if name != prompt], columns.response, RESPONSES, "response", "responses"
-    )
+    others = [name for name in RESPONSES if name != prompt]
+    response = _column(where, have, columns.response, others, "response", "responses")
     values = _values(where, seen, {prompt, response}, columns.values)
     texts: dict[str, list[str]] = {}
     scores: dict[str, dict[str, array[float]]] = {}
@@ -94,8 +90,14 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
         answers = _texts(f"{where}: row {i}: {response}", row.get(response))
         if (mine := scores.get(asked)) is None:
             mine = scores[asked] = {name: array("d") for name in values}
-        for name in values:
-            mine[name].extend(_numbers(f"{where}: row {i}: {name}", row.get(name), len(answers)))
+        for name in [*values]:
+            try:
+                mine[name].extend(_numbers(f"{where}: row {i}: {name}", row.get(name), len(answers)))
+            except UserError as error:  # an embedding, a number of the prompt, NaN
+                if columns.values is not None:
+                    raise
+                outputs.say(f"{error}: the column is not read as a value")
+                values.remove(name)
         texts.setdefault(asked, []).extend(answers)
     n = min(map(len, texts.values()))
     most = max(map(len, texts.values()))
@@ -190,7 +192,7 @@ def _values(where: str, seen: Mapping[str, _Column], taken: set[str], given: Seq
     if given is None:
         for hole in holes.values():
             outputs.say(f"{hole}: the column is not read as a value")
-        return [name for name in numbers if name not in ("token_ids", "logprobs")]
+        return numbers
     known = {name.removeprefix(_REWARD): name for name in numbers}
     for name in given:
         if name in holes:

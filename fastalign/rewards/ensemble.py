@@ -104,11 +104,12 @@ def _levels(file: str, rewards: Sequence[Reward]) -> np.ndarray:
         if known is not None:
             columns.append([number(f"{file}: row {i}: {known}", row.get(known)) for i, row in enumerate(table)])
             continue
-        response = next((name for name in ("text", "response", "completion") if name in table[0]), None)
-        if "prompt" not in table[0] or response is None:
+        prompt = next((name for name in rows.PROMPTS if name in table[0]), None)
+        response = next((name for name in rows.RESPONSES if name in table[0] and name != prompt), None)
+        if prompt is None or response is None:
             have = ", ".join(table[0])
-            raise UserError(f"{file}: must have the column {one.name}, or prompt and text, it has {have}")
-        prompts: list[Any] = [row.get("prompt") for row in table]
+            raise UserError(f"{file}: must have the column {one.name}, or prompt and response, it has {have}")
+        prompts: list[Any] = [row.get(prompt) for row in table]
         texts: list[Any] = [row.get(response) for row in table]
         if any(row.get("is_conversation") for row in table) or not all(isinstance(x, str) for x in [*prompts, *texts]):
             raise UserError(f"{file}: must have the column {one.name} (`fastalign score`), or a text a row to score")

@@ -244,11 +244,12 @@ def _check_number(name: str, value: Any, least: float, kind: type) -> None:
 
 
 def _references(path: Path) -> dict[str, str]:
-    """The first response to each prompt of a file of rows, in the column "response" or "text"."""
+    """The first response to each prompt of a file of rows, in columns of usual names."""
     result: dict[str, str] = {}
     for i, row in enumerate(rows.read(path, what="responses")):
-        response = row.get("response", row.get("text"))
-        if "prompt" not in row or not isinstance(response, str):
+        prompt = next((name for name in rows.PROMPTS if name in row), None)
+        response = next((row[name] for name in rows.RESPONSES if name in row and name != prompt), None)
+        if prompt is None or not isinstance(response, str):
             raise UserError(f"{path}: row {i} must have a prompt and a response, it has {', '.join(map(str, row))}")
-        result.setdefault(str(as_prompt(row["prompt"], f"{path}: row {i}: prompt")), response)
+        result.setdefault(str(as_prompt(row[prompt], f"{path}: row {i}: {prompt}")), response)
     return result

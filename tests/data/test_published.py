@@ -145,3 +145,25 @@ def test_training_takes_the_first_value_unless_others_are_named(tmp_path):
 def test_rows_as_they_come(tmp_path, rows, count, ties):
     pairs = preferences.load(written(tmp_path / "data.jsonl", rows))
     assert (len(pairs), pairs.dropped["ties"]) == (count, ties)
+
+
+@pytest.mark.parametrize("hole", [None, "", float("nan"), "nan"])
+@pytest.mark.parametrize("form", ["HelpSteer", "UltraFeedback"])
+def test_a_rating_that_is_missing_is_none_however_it_was_written(tmp_path, form, hole):
+    if form == "HelpSteer":
+        rows = [{**HELPSTEER[0], "helpfulness": hole}, HELPSTEER[1], {**HELPSTEER[2], "prompt": "how"}]
+        value, wanted = "helpfulness", [("c", "b", "helpfulness")]
+    else:
+        first, *others = ULTRAFEEDBACK[0]["completions"]
+        rows = [{**ULTRAFEEDBACK[0], "completions": [{**first, "overall_score": hole}, *others]}]
+        value, wanted = "overall", [("b", "c", "overall")]
+    found = preferences.load(written(tmp_path / "data.jsonl", rows), values=[value])
+    assert sides(found, "value") == wanted
+
+
+def test_labels_that_pandas_wrote_as_floats(tmp_path):
+    rows = [{**row, "better_response_id": "1.0", "safer_response_id": "0.0"} for row in PKU]
+    found = preferences.load(written(tmp_path / "data.jsonl", rows), values=["better"])
+    assert sides(found) == [("b", "a"), ("d", "c")]
+    rows = [{**row, "labels": "1.0"} for row in SHP]
+    assert sides(preferences.load(written(tmp_path / "shp.jsonl", rows))) == [("a", "b"), ("c", "d")]

@@ -95,7 +95,14 @@ def test_named_columns():
 
 def test_outputs_of_servers():
     vllm = [
-        {"prompt": prompt, "outputs": [{"text": text, "index": j} for j, text in enumerate(texts)]}
+        {
+            "request_id": "0",
+            "prompt": prompt,
+            "prompt_token_ids": [5, 6],
+            "finished": True,
+            "num_cached_tokens": 0,
+            "outputs": [{"text": text, "index": j, "token_ids": [7]} for j, text in enumerate(texts)],
+        }
         for prompt, texts in zip(PROMPTS, TEXTS, strict=True)
     ]
     same(from_rows(vllm), ())
@@ -145,17 +152,33 @@ def test_uneven_prompts_are_cut_and_said_so():
         ("text", "must be a list of objects or a table, got str"),
         ([{"prompt": "", "response": "a"}], "row 0: prompt must be a string that is not empty"),
         ([{"prompt": "why", "response": None}], "row 0: response must be a text"),
-        (
-            [{"prompt": "why", "response": ["a", "b"], "x": [1.0]}],
-            "row 0: x must have one number per response, 2, got 1",
-        ),
-        ([{"prompt": "why", "response": "a", "x": float("nan")}], "row 0: x must be finite, got nan"),
     ],
 )
 def test_mistakes(rows, message):
     with pytest.raises(UserError, match=message) as caught:
         from_rows(rows)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([[0.1, 0.2]] * 6, "row 0: x must have one number per response, 1, got 2"),
+        ([1.0] * 3 + [float("nan")] + [1.0] * 2, "row 3: x must be finite, got nan"),
+        (["1", "inf"] * 3, "row 1: x must be finite, got inf"),
+    ],
+    ids=["embedding", "nan", "inf"],
+)
+def test_a_column_of_numbers_that_are_no_scores_is_told_and_is_a_mistake_only_if_asked_for(cells, message):
+    from fastalign._base import outputs
+
+    said = []
+    rows = [{"x": cell, **row} for row, cell in zip(FLAT, cells, strict=True)]
+    with outputs.reporting_to(said.append):
+        same(from_rows(rows))
+    assert said == [f"rows: {message}: the column is not read as a value"]
+    with pytest.raises(UserError, match=message):
+        from_rows(rows, Columns(values=["x"]))
 
 
 def test_files_without_scores(tmp_path):
@@ -190,3 +213,14 @@ def test_files_of_ours_are_known_by_their_content(tmp_path):
     (tmp_path / "c.tsv").write_text("prompt\tresponse\n")
     with pytest.raises(UserError, match=r"c.tsv: candidates must be a .jsonl, .* file, got .tsv"):
         read(tmp_path / "c.tsv", kind="candidates")
+
+
+def test_line_ends_within_a_cell_are_its_text(tmp_path):
+    (tmp_path / "c.csv").write_bytes('\ufeffprompt,response,x\r\nwhy,"one\r\ntwo\rthree\n",1\r\n\r\n'.encode())
+    found = read(tmp_path / "c.csv", kind="scored")
+    assert found.prompts == ["why"] and found.texts == [["one\r\ntwo\rthree\n"]]
+
+
+def test_messages_without_responses_name_the_columns_there_are():
+    with pytest.raises(UserError, match=r"must have a column with the responses .*, it has messages: response_column"):
+        from_rows([{"messages": [{"role": "user", "content": "why"}]}])

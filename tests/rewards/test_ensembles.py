@@ -1,5 +1,7 @@
 """Several rewards as one, by reference and in Python."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,14 @@ def test_each_kind(here, reference, name, expected):
     assert rewards.parse(reference).name == name
     np.testing.assert_allclose(rewards.score([reference], PROMPTS, TEXTS)[:, 0], expected, rtol=1e-6)
     assert set(references.contents([reference])) == {"mine.py", *["base.parquet"] * ("base=" in reference)}
+
+
+@pytest.mark.parametrize("names", [("prompt", "text"), ("question", "answer"), ("prompt", "completion")])
+def test_the_base_is_a_file_of_anybody(here, names):
+    rows = [dict(zip(names, pair, strict=True)) for pair in zip(PROMPTS, TEXTS, strict=True)]
+    (here / "base.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = rewards.score(["worst[mine.py:length,mine.py:vowels,base=base.jsonl]"], PROMPTS, TEXTS)
+    np.testing.assert_allclose(found[:, 0], Z.min(1), rtol=1e-6)
 
 
 def test_in_python():
