@@ -151,6 +151,13 @@ def test_candidates_of_another_program_go_through_every_command(tmp_path, form):
     assert picked.prompts[0] == "why 0" and picked.texts[0][0].startswith("because")
     more = ["--selected", selected, *palette]
     assert fastalign("eval", path, *columns, *more, "--out", tmp_path / "eval.json")[0] == 0
+    redrawn = Candidates.from_parquet(selected, kind="selected")
+    redrawn.texts[0][0] += " redrawn"
+    redrawn.save(tmp_path / "redrawn.parquet")
+    line = refused(
+        "eval", path, *columns, "--selected", tmp_path / "redrawn.parquet", *palette, "--out", tmp_path / "r.json"
+    )
+    assert "its texts were not selected from" in line
     other = ["--palette", tmp_path / "other.json"]
     assert fastalign("map", path, *columns, "--palette", "helpful=base+0.5sd", "--out", other[1])[0] == 0
     line = refused("eval", path, *columns, "--selected", selected, *other, "--out", tmp_path / "other_eval.json")

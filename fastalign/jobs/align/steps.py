@@ -732,6 +732,9 @@ def evaluate(
     palettes.check_carried(palette, solution, whole.rewards)
     if picked.prompts != whole.prompts:
         raise UserError(f"{selected}: its prompts are not those of {scored}")
+    for texts, picks, all_texts in zip(picked.texts, picked.picked, whole.texts, strict=True):
+        if list(texts) != [all_texts[j] if j < len(all_texts) else None for j in picks]:
+            raise UserError(f"{selected}: its texts were not selected from {scored}")
     used = picked.settings.get("selection", {})
     if "lambda" in used and (used["values"], used["lambda"]) != (solution["values"], solution["lambda"]):
         raise UserError(
