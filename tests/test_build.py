@@ -229,7 +229,8 @@ def test_the_architecture_page_is_what_the_imports_say():
         [
             sys.executable,
             "-c",
-            "import draw_architecture as it; assert it.PAGE.read_text(encoding='utf-8') == it.page()",
+            "import draw_architecture as it; assert it.PAGE.read_text(encoding='utf-8') == it.page();"
+            "assert it.DIAGRAM.read_text(encoding='utf-8') == it.diagram()",
         ],
         cwd=ROOT / "tools",
         capture_output=True,

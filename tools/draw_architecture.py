@@ -1,6 +1,6 @@
-"""Draw docs/architecture.md: the layers from the packages' imports, their purposes from their docstrings.
+"""Draw docs/architecture.md and its diagram: layers from the packages' imports, purposes from their docstrings.
 
-`python tools/draw_architecture.py` rewrites it; a test compares the file with its output.
+`python tools/draw_architecture.py` rewrites both; a test compares the files with its output.
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ import tomllib
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels" / "fastalign_kernels"  # installed as fastalign.kernels
-PAGE = ROOT / "docs" / "architecture.md"
+PAGE, DIAGRAM = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture.svg"
+WIDTH, BOX, ROW = 760, (112, 34), 74  # of the diagram, a package in it, and from one row to the next
+COLUMNS = {  # of four, from the left, where it is not the second: no line passes behind a box
+    "soup": 0, "decode": 0, "rewards": 0, "data": 0, "palette": 2, "ops": 2, "kernels": 2, "reference": 2, "losses": 3,
+}  # fmt: skip
 HEAD = """# Architecture
+
+![What each package imports, from the top down](architecture.svg)
+
+*A line leads from a package down to one that it imports, unless it imports it through another too. All import `_base`.*
 
 One sentence for each package, from the top layer down. Imports go down only, which `make lint` enforces, with one
 exception within a layer: `data` ranks its bundled pairs by a reward, and `rewards` reads texts with `data`. The last
@@ -72,17 +80,59 @@ def purpose(name: str) -> str:
     return " ".join(text.partition("\n\n")[0].split())
 
 
-def page() -> str:
+def used() -> dict[str, set[str]]:
+    """What each package imports, the top layer first."""
     names = [name for layer in layers() for name in layer if name != "__main__"]
     uses: dict[str, set[str]] = {name: set() for name in names}
     for own, path in files():
         if own in uses:
             uses[own] |= imports(path) & uses.keys() - {own, "_base", "backend"}
-    imported = {name: ", ".join(f"`{other}`" for other in names if other in uses[name]) for name in names}
-    rows = [f"| `{name}` | {purpose(name)} | {imported[name]} |" for name in names]
+    return uses
+
+
+def page() -> str:
+    uses = used()
+    imported = {name: ", ".join(f"`{other}`" for other in uses if other in uses[name]) for name in uses}
+    rows = [f"| `{name}` | {purpose(name)} | {imported[name]} |" for name in uses]
     return "\n".join([HEAD, "| package | what it is | imports |", "| --- | --- | --- |", *rows, TAIL])
 
 
+def diagram() -> str:
+    """An SVG, each package just below the lowest that imports it."""
+    uses = {name: others for name, others in used().items() if name not in ("_base", "backend")}
+    uses["data"] = uses["data"] - {"rewards"}  # the exception that the page tells
+    depth: dict[str, int] = {}
+    for name in sorted(uses, key=lambda name: name == "data"):  # the upper layers first; data below rewards
+        depth[name] = 1 + max((depth[other] for other in depth if name in uses[other]), default=-1)
+    depth["integrations"] = min(depth[other] for other in uses["integrations"]) - 1  # nothing imports it
+    rows = [[name for name in uses if depth[name] == level] for level in range(1 + max(depth.values()))]
+    place = {
+        name: (WIDTH * (COLUMNS.get(name, 1) + 0.5) / 4, ROW * y + BOX[1]) for y, row in enumerate(rows) for name in row
+    }
+
+    def below(name: str) -> set[str]:
+        return uses[name].union(*(below(other) for other in uses[name]))
+
+    lines, boxes = [], []
+    for name, (x, y) in place.items():
+        for other in sorted(uses[name] - set().union(*(below(between) for between in uses[name]))):
+            to, end = place[other]
+            start, end = y + BOX[1] / 2, end - BOX[1] / 2
+            bend = (end - start) / 2
+            lines.append(f'<path d="M{x:g} {start:g}C{x:g} {start + bend:g} {to:g} {end - bend:g} {to:g} {end:g}"/>')
+        corner = f'x="{x - BOX[0] / 2:g}" y="{y - BOX[1] / 2:g}" width="{BOX[0]}" height="{BOX[1]}" rx="5"'
+        boxes.append(f'<rect {corner}/><text x="{x:g}" y="{y + 5:g}">{name}</text>')
+    size = f'width="{WIDTH}" height="{ROW * len(rows)}" viewBox="0 0 {WIDTH} {ROW * len(rows)}"'
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="monospace" font-size="14">',
+        '<g fill="none" stroke="#8a94a6" stroke-width="1.3">', *lines, "</g>",
+        '<g fill="#e6edf7" stroke="#4a6fa5">', *(box.partition("<text")[0] for box in boxes), "</g>",
+        '<g fill="#1b2a41" text-anchor="middle">', *(f"<text{box.partition('<text')[2]}" for box in boxes), "</g>",
+        "</svg>", "",
+    ])  # fmt: skip
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    sys.stdout.write(f"{PAGE.relative_to(ROOT)}\n")
+    for path, content in ((PAGE, page()), (DIAGRAM, diagram())):
+        path.write_text(content, encoding="utf-8")
+        sys.stdout.write(f"{path.relative_to(ROOT)}\n")

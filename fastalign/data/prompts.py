@@ -63,7 +63,7 @@ def load(
             raise _no_columns(name, column)
         return bundled()[:limit]
     path = Path(name).expanduser()
-    suffix = path.suffix.lower()
+    suffix = sources.suffix_of(path)
     if path.is_dir():
         raise UserError(f"{name}: prompts must be a file ({', '.join(SUFFIXES)}), this is a folder")
     if path.exists():

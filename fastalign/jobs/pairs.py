@@ -183,7 +183,7 @@ def scored_of(
     columns = elsewhere.Columns(prompt_column, response_column)
     if kind == "scored":
         return Candidates.from_parquet(path, kind="scored")
-    if kind is not None or not path.is_file() or path.suffix.lower() not in sources.SUFFIXES:
+    if kind is not None or not path.is_file() or sources.suffix_of(path) not in sources.SUFFIXES:
         return None
     first = sources.stream(path, what="candidates").first()
     others = {"chosen", "rejected", "weights"} & first.keys() or published.form_of(first)

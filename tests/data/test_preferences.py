@@ -2,6 +2,7 @@
 mistake."""
 
 import csv
+import gzip
 import json
 
 import datasets
@@ -53,11 +54,28 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "CSV.GZ"])
 def test_reads_every_kind_of_file(tmp_path, suffix):
     rows = [{**row, "margin": row.get("margin", 0.25)} for row in ROWS]
-    result = preferences.load(write(tmp_path / f"pairs.{suffix}", rows))
+    path = write(tmp_path / f"my.pairs.{suffix.lower().removesuffix('.gz')}", rows)
+    if suffix.lower().endswith(".gz"):
+        path = compressed(path, suffix)
+    result = preferences.load(path)
     assert list(result) == rows and result.lost == ""
+
+
+def compressed(path, suffix):
+    result = path.with_name(f"compressed.{suffix}")
+    result.write_bytes(gzip.compress(path.read_bytes()))
+    return result
+
+
+@pytest.mark.parametrize("content", [b"{}", gzip.compress(b'{"prompt": "a"}' * 999)[:-20], b""])
+def test_what_is_no_whole_gzip_file_is_one_line(tmp_path, content):
+    path = tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"not a whole gzip file|contains no pairs"):
+        preferences.load(path)
 
 
 def test_reads_messages_with_and_without_a_prompt(tmp_path):

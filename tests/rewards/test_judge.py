@@ -144,7 +144,8 @@ def test_nothing_is_asked_twice_and_another_rubric_is_asked_anew():
         assert len(server.seen) == 10
 
 
-def test_both_orders_of_a_comparison_cancel_a_bias_for_the_first():
+@pytest.mark.parametrize("names", [("prompt", "response"), ("question", "answer")])
+def test_both_orders_of_a_comparison_cancel_a_bias_for_the_first(names):
     def says(text, body):
         first = text.index("good") < text.index("bad")
         better = {"A": 0.9, "B": 0.1} if first else {"A": 0.5, "B": 0.5}  # too fond of A
@@ -154,7 +155,7 @@ def test_both_orders_of_a_comparison_cancel_a_bias_for_the_first():
     with open("base.jsonl", "w") as file:
         for prompt, text in zip(PROMPTS, ("bad", "bad"), strict=True):
             prompt = prompt.messages if isinstance(prompt, Conversation) else prompt
-            file.write(json.dumps({"prompt": prompt, "response": text}) + "\n")
+            file.write(json.dumps({names[0]: prompt, names[1]: text}) + "\n")
     with Chat(says) as server:
         judge = Judge(rubric(server, compare="base.jsonl"))
         scores = rewards.score(judge.rewards, PROMPTS, ["good", "good {b}"])
