@@ -113,7 +113,7 @@ def diagram() -> str:
     def below(name: str) -> set[str]:
         return uses[name].union(*(below(other) for other in uses[name]))
 
-    lines, boxes = [], []
+    lines, boxes, texts = [], [], []
     for name, (x, y) in place.items():
         for other in sorted(uses[name] - set().union(*(below(between) for between in uses[name]))):
             to, end = place[other]
@@ -121,13 +121,14 @@ def diagram() -> str:
             bend = (end - start) / 2
             lines.append(f'<path d="M{x:g} {start:g}C{x:g} {start + bend:g} {to:g} {end - bend:g} {to:g} {end:g}"/>')
         corner = f'x="{x - BOX[0] / 2:g}" y="{y - BOX[1] / 2:g}" width="{BOX[0]}" height="{BOX[1]}" rx="5"'
-        boxes.append(f'<rect {corner}/><text x="{x:g}" y="{y + 5:g}">{name}</text>')
+        boxes.append(f"<rect {corner}/>")
+        texts.append(f'<text x="{x:g}" y="{y + 5:g}">{name}</text>')
     size = f'width="{WIDTH}" height="{ROW * len(rows)}" viewBox="0 0 {WIDTH} {ROW * len(rows)}"'
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="monospace" font-size="14">',
         '<g fill="none" stroke="#8a94a6" stroke-width="1.3">', *lines, "</g>",
-        '<g fill="#e6edf7" stroke="#4a6fa5">', *(box.partition("<text")[0] for box in boxes), "</g>",
-        '<g fill="#1b2a41" text-anchor="middle">', *(f"<text{box.partition('<text')[2]}" for box in boxes), "</g>",
+        '<g fill="#e6edf7" stroke="#4a6fa5">', *boxes, "</g>",
+        '<g fill="#1b2a41" text-anchor="middle">', *texts, "</g>",
         "</svg>", "",
     ])  # fmt: skip
 

@@ -524,13 +524,15 @@ def select(
 
 def _weights_of(path: str | Path, whole: Candidates, solution: Mapping[str, Any]) -> np.ndarray:
     """(P, N) log weights of a file of particles, which must have been drawn by this palette's λ."""
-    drawn = whole.settings.get("sampling", {})
-    if (drawn.get("values"), drawn.get("lambda")) != (solution["values"], solution["lambda"]):
-        raise UserError(
-            f"{path}: its particles were drawn by another palette's λ, {drawn.get('lambda')}; give that palette"
-        )
+    _check_lam(f"{path}: its particles were drawn", whole.settings.get("sampling", {}), solution)
     assert whole.log_weights is not None  # of particles
     return whole.log_weights
+
+
+def _check_lam(what: str, used: Mapping[str, Any], solution: Mapping[str, Any]) -> None:
+    """Raises UserError unless the settings are those of this palette's λ. what: of the message, before "by"."""
+    if (used.get("values"), used.get("lambda")) != (solution["values"], solution["lambda"]):
+        raise UserError(f"{what} by another palette's λ, {used.get('lambda')}; give that palette")
 
 
 def worth_of(solution: Mapping[str, Any], where: str = "worth") -> Worth | None:
@@ -736,10 +738,8 @@ def evaluate(
         if list(texts) != [all_texts[j] if j < len(all_texts) else None for j in picks]:
             raise UserError(f"{selected}: its texts were not selected from {scored}")
     used = picked.settings.get("selection", {})
-    if "lambda" in used and (used["values"], used["lambda"]) != (solution["values"], solution["lambda"]):
-        raise UserError(
-            f"{selected}: its texts were selected by another palette's λ, {used['lambda']}; give that palette"
-        )
+    if "lambda" in used:
+        _check_lam(f"{selected}: its texts were selected", used, solution)
     result = report.build(
         values=solution["values"],
         rewards=whole.reward_array(solution["values"]),
@@ -747,7 +747,7 @@ def evaluate(
         palette=solution,
         prompts=[transcript(prompt) for prompt in whole.prompts],
         texts=whole.texts,
-        settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {}), **(settings or {})},
+        settings={**whole.settings.get("sampling", {}), **used, **(settings or {})},
     )
     if record is None:
         return result
