@@ -449,21 +449,21 @@ class PPOTrainer:
 
     def _optimizer_step(self, rollouts, old, indices: Tensor) -> tuple[np.ndarray, np.ndarray]:
         processes = self.accelerator.num_processes
-        tokens = (rollouts.labels[indices] != -100).sum()
-        every = float(self.accelerator.reduce(tokens.clone(), "sum") if processes > 1 else tokens)
+        tokens = (rollouts.labels[indices] != -100).sum().double()
+        every = self.accelerator.reduce(tokens.clone(), "sum") if processes > 1 else tokens
         sums: Any = 0
-        ratios = []
+        apart = []
         parts = indices.split(self.config.mini_batch_size)
         for number, part in enumerate(parts):
             last = number + 1 == len(parts)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, figures, ratio = self.train_minibatch(rollouts, old, part)
-                count = float((rollouts.labels[part] != -100).sum())
+                loss, figures, differences = self.train_minibatch(rollouts, old, part)
+                count = (rollouts.labels[part] != -100).sum()
                 # A mean over the mini batch's tokens, weighted so that all mini batches of all processes give one mean
                 # over all tokens. Gradients are averaged over processes, hence the factor of their number.
-                self.accelerator.backward(loss * (count * processes / every))
+                self.accelerator.backward(loss * (count * processes / every).to(loss.dtype))
             sums = sums + figures
-            ratios.append(ratio)
+            apart.append(differences.flatten())
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         limit = self.config.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(trained, math.inf if limit is None else limit)
@@ -472,17 +472,19 @@ class PPOTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         sums = self.accelerator.reduce(sums, "sum") if processes > 1 else sums
-        return (sums / every).cpu().numpy(), np.concatenate(ratios)
+        ratios = torch.cat(apart).exp().cpu().numpy()
+        return (sums / every).cpu().numpy(), ratios[~np.isnan(ratios)]
 
     def train_minibatch(
         self, rollouts: ppo_batch.Rollouts, old: dict[str, Tensor], indices: Tensor
-    ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """The loss of some rows, the sums of the statistics over their tokens, and their ratios."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of some rows, the sums of the statistics over their tokens, and log p_new - log p_old (B, T), NaN
+        beside their tokens. From a GPU it reads once."""
         config = self.config
         ids, labels = rollouts.rows(indices)
         new = self.model(ids, score_labels=labels)
         mask = labels != -100
-        self._check_rows({"log-probability": new.log_probs.detach(), "value": new.values.detach()}, mask, indices)
+        results = {"log-probability": new.log_probs.detach(), "value": new.values.detach()}
         before = {name: x[indices, : labels.shape[1]] for name, x in old.items()}
         policy = ppo_loss(new.log_probs, before["logprobs"], before["advantages"], mask, clip_range=config.cliprange)
         value = value_loss(new.values, before["values"], before["returns"], mask, clip_range=config.cliprange_value)
@@ -490,16 +492,18 @@ class PPOTrainer:
         sums = ppo_stats.minibatch_sums(
             policy, value, loss, new, before["logprobs"], before["advantages"], before["returns"], mask
         )
-        if not float(policy.ratio) <= config.ratio_threshold:
+        finite = [(x.isfinite() | ~mask).all() for x in results.values()]
+        ratio, scalar, *fine = torch.stack([x.double() for x in (policy.ratio, loss.detach(), *finite)]).tolist()
+        if not all(fine):
+            self._check_rows(results, mask, indices)
+        if not ratio <= config.ratio_threshold:
             warnings.warn(
-                f"a mini batch is skipped: its mean ratio {float(policy.ratio):.2f} exceeds {config.ratio_threshold:g}",
-                stacklevel=4,
+                f"a mini batch is skipped: its mean ratio {ratio:.2f} exceeds {config.ratio_threshold:g}", stacklevel=4
             )
             loss = (new.log_probs.sum() + new.values.sum()) * 0
-        elif not math.isfinite(scalar := loss.detach().item()):
+        elif not math.isfinite(scalar):
             self._stop("loss", scalar, indices.tolist())
-        ratios = (new.log_probs.detach() - before["logprobs"])[mask].exp().cpu().numpy()
-        return loss, sums, ratios
+        return loss, sums, torch.where(mask, results["log-probability"] - before["logprobs"], math.nan)
 
     def _check_rows(self, tensors: dict[str, Tensor], mask: Tensor, indices: Tensor | None = None) -> None:
         """Raise UserError if values (B, T) are not finite within the mask; indices: the rows' indices, (B,)."""

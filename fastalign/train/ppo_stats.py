@@ -90,21 +90,28 @@ def minibatch_sums(
     mask: Tensor,
 ) -> Tensor:
     """Each of MEANS times the number of tokens of a mini batch, float64 (len(MEANS),)."""
-    logprobs, values = new.log_probs.detach(), new.values.detach()
-    means = (
-        policy.policy_loss,
-        value.loss.detach(),
-        total.detach(),
-        new.entropy.detach()[mask].mean(),
-        kl_penalty(logprobs, old_logprobs, "k2")[mask].mean(),
-        kl_penalty(old_logprobs, logprobs, "k1")[mask].mean(),
-        policy.clip_low + policy.clip_high,
-        advantages[mask].mean(),
-        values[mask].mean(),
-        (values - returns)[mask].square().mean(),
-        value.clip_fraction,
+    logprobs, values, tokens = new.log_probs.detach(), new.values.detach(), mask.sum()
+    means = (policy.policy_loss, value.loss.detach(), total.detach(), policy.clip_low + policy.clip_high)
+    policy_mean, value_mean, total_mean, clipped = (x.double() * tokens for x in means)
+    sums = (
+        policy_mean,
+        value_mean,
+        total_mean,
+        _sum(new.entropy.detach(), mask),
+        _sum(kl_penalty(logprobs, old_logprobs, "k2"), mask),
+        _sum(kl_penalty(old_logprobs, logprobs, "k1"), mask),
+        clipped,
+        _sum(advantages, mask),
+        _sum(values, mask),
+        _sum((values - returns).square(), mask),
+        value.clip_fraction.double() * tokens,
     )
-    return torch.stack([x.double() for x in means]) * mask.sum()
+    return torch.stack(sums)
+
+
+def _sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Over the mask, without asking a GPU how many places it has."""
+    return torch.where(mask, x, 0).double().sum()
 
 
 def objective(batch: dict[str, Tensor], kl_coef: float) -> dict[str, Any]:

@@ -165,33 +165,40 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         chosen, rejected = outputs.logits.chunk(2)  # (B, m) each
         preference = inputs.get("preference")
-        preference = torch.ones_like(chosen) if preference is None else preference
         loss = pair_loss(
             chosen, rejected, preference, inputs.get("margin"), self.args.center_rewards_coefficient or 0.0
         )
+        preference = torch.ones_like(chosen) if preference is None else preference
         with torch.no_grad():
             self._log_batch(outputs.logits, chosen, rejected, preference, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
 
     def _log_batch(self, scores, chosen, rejected, preference, mask) -> None:
+        """From a GPU it reads once."""
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
+        every = self.accelerator.gather(scores.detach().float())
+        parts = [torch.stack([every.min(), every.mean(), every.max()])]
         if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(mask.sum()).sum().item()
-            self._total_train_tokens += tokens // self._tp_size
             apart = (chosen - rejected).float() * preference.sign()
             said = preference != 0
-            sums = torch.stack([((apart > 0) & said).sum(0).float(), apart.sum(0), said.sum(0).float()])
-            right, apart, said = self.accelerator.reduce(sums).double().cpu()  # (m,) each
+            sums = torch.stack([((apart > 0) & said).sum(0), apart.sum(0), said.sum(0)])
+            parts += [
+                self.accelerator.gather_for_metrics(mask.sum()).sum()[None],
+                self.accelerator.reduce(sums).ravel(),
+            ]
+        rewards, tokens, counts = torch.cat([x.double() for x in parts]).cpu().tensor_split((3, 4))
+        if mode == "train":
+            self._total_train_tokens += int(tokens) // self._tp_size
+            right, apart, said = counts.view(3, -1)  # (m,) each
             metrics["accuracy"].append((right.sum() / said.sum().clamp(min=1)).item())
             metrics["margin"].append((apart.sum() / said.sum().clamp(min=1)).item())
             for j, name in enumerate(self.values if len(self.values) > 1 else ()):
                 if said[j]:
                     metrics[f"accuracy/{name}"].append((right[j] / said[j]).item())
         metrics["num_tokens"] = [self._total_train_tokens]
-        every = self.accelerator.gather(scores.detach().float())
-        for name, value in (("min", every.min()), ("mean", every.mean()), ("max", every.max())):
-            metrics[f"{name}_reward"].append(value.item())
+        for name, value in zip(("min", "mean", "max"), rewards.tolist(), strict=True):
+            metrics[f"{name}_reward"].append(value)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -240,19 +247,24 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
 
 
 def pair_loss(
-    chosen: Tensor, rejected: Tensor, preference: Tensor, margin: Tensor | None = None, center_coefficient: float = 0.0
+    chosen: Tensor,
+    rejected: Tensor,
+    preference: Tensor | None = None,
+    margin: Tensor | None = None,
+    center_coefficient: float = 0.0,
 ) -> Tensor:
     """`bradley_terry_loss` over all preferences of B pairs in m values.
 
-    chosen, rejected: (B, m) scores. preference: (B, m), its sign says which is better; 0: no preference.
-    margin: (B,), the same for every value of a pair.
+    chosen, rejected: (B, m) scores. preference: (B, m), its sign says which is better; 0: no preference. None: the
+    chosen one everywhere. margin: (B,), the same for every value of a pair.
     """
-    said = preference != 0
-    up = preference > 0
-    better, worse = torch.where(up, chosen, rejected)[said], torch.where(up, rejected, chosen)[said]
     if margin is not None:
-        margin = margin[:, None].expand_as(chosen)[said]
-    return bradley_terry_loss(better, worse, margin=margin, center_coefficient=center_coefficient)
+        margin = margin[:, None].expand_as(chosen)
+    if preference is not None:
+        said, up = preference != 0, preference > 0
+        chosen, rejected = torch.where(up, chosen, rejected)[said], torch.where(up, rejected, chosen)[said]
+        margin = None if margin is None else margin[said]
+    return bradley_terry_loss(chosen, rejected, margin=margin, center_coefficient=center_coefficient)
 
 
 class _Preferences:
