@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on CPU tensors, in Triton's interpreter
 
 import pytest
+import quick_interpreter  # noqa: F401
 import torch
 from hypothesis import settings
 from turns import not_today
@@ -17,8 +18,10 @@ from fastalign._base import progress
 
 LARGE = 8  # cases of an interpreted matrix
 # The files that take longest.
-FIRST = """scale processes kernels dpo_trainer cli_train cli gradients vocab_parallel linear_token_logprobs resample
-ppo_resume ppo_processes integrations_trl reward_trainer sample_tokens gae soup pareto_report report""".split()
+FIRST = """cli_train align grpo_models gpu_jobs linear_token_logprobs policy build remote_sampler grpo_resume
+grpo_trainer vocab_parallel resample preference linear_sample_tokens sampler kernels docs token_logprobs outputs cli sample_tokens
+integrations_trl signals scale reward_trainer dpo_trainer processes distill_trainer shared_prompt gae streams judge
+pareto_report compile_gate layouts map_statistics enumerable report""".split()
 settings.register_profile("fastalign", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("fastalign")
 

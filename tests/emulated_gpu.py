@@ -8,7 +8,7 @@ For a process of its own: torch forgets nothing of what is registered here.
 from __future__ import annotations
 
 import contextlib
-import re
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import fastalign
 from fastalign import use_backend
 
 aten = torch.ops.aten
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 UNDERNEATH = torch.device("privateuseone", 0)  # autograd asks the device for its guard: cuda has none here
 ACROSS = {aten.copy_.default, aten._to_copy.default}  # from one device to another
-WHOSE = re.compile("/(fastalign|transformers|accelerate|trl)/(?!tests)")
+OURS, THEIRS = f"{Path(fastalign.__file__).parent}{os.sep}", ("transformers", "accelerate", "trl")
 waits: list[str] = []  # file:line of this package's code wherever the host waited for the GPU
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
@@ -58,6 +59,12 @@ class GPUTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.on_host.data_ptr() | 1 << 62  # to be compared; whoever reads there gets a segmentation fault
 
+    def untyped_storage(self) -> torch.UntypedStorage:  # for its identity and size
+        return self.on_host.untyped_storage()
+
+    def storage(self) -> torch.TypedStorage:
+        return self.on_host.storage()
+
     def __repr__(self) -> str:
         return f"GPUTensor({self.on_host!r})"
 
@@ -73,7 +80,7 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     with use_backend("triton") if op.namespace == "fastalign" else contextlib.nullcontext():
         result = op(*host_args, **host_kwargs)
     leaves = op is aten._local_scalar_dense.default or (place is not None and torch.device(place).type == "cpu")
-    if leaves or has_a_shape_of_its_numbers(op, host_args) or (op is aten.copy_.default and host_args[0] is args[0]):
+    if leaves or asks_for_numbers(op, args) or (op is aten.copy_.default and host_args[0] is args[0]):
         note_a_wait()
     if leaves:
         return result
@@ -83,19 +90,21 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return pytree.tree_map_only(torch.Tensor, lambda x: given[id(x)] if id(x) in given else GPUTensor(x), result)
 
 
-def has_a_shape_of_its_numbers(op: Any, args: Any) -> bool:
+def asks_for_numbers(op: Any, args: Any) -> bool:
+    """Whether the host must know some to go on: how many places a mask has; or sends some, as an index."""
     if op in INDEXED:
-        return any(x is not None and x.dtype == torch.bool for x in args[1])
+        return any(x is not None and (x.dtype == torch.bool or not isinstance(x, GPUTensor)) for x in args[1])
     return torch.Tag.dynamic_output_shape in op.tags
 
 
 def note_a_wait() -> None:
     """Unless another library, called by this package or not, waits."""
     frame: Any = sys._getframe()
-    while frame is not None and not WHOSE.search(frame.f_code.co_filename):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] not in THEIRS:
+        if frame.f_code.co_filename.startswith(OURS):
+            waits.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            return
         frame = frame.f_back
-    if frame is not None and "fastalign" in frame.f_code.co_filename:
-        waits.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
 
 
 def tensors(*arguments: Any) -> list[torch.Tensor]:
@@ -115,7 +124,9 @@ def refuse_two_devices(op: Any, args: Any, kwargs: Any) -> None:
 def register() -> list[torch.library.Library]:
     """Constructors that name the device come here, and what torch calls with __torch_dispatch__ switched off."""
     _setup_privateuseone_for_python_backend("emulated")
-    torch.accelerator.empty_cache = lambda: None  # asks for a C++ allocator
+    # Others ask for a device by it; before the GPU is there, that is the CPU. Memory is asked of a C++ allocator.
+    for name, answer in {"is_available": False, "current_accelerator": None, "empty_cache": None}.items():
+        setattr(torch.accelerator, name, lambda *_, _answer=answer, **__: _answer)
     everything, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     for key in ("CUDA", "PrivateUse1"):
         everything.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), key)
@@ -141,7 +152,7 @@ def emulated_gpu() -> Iterator[None]:
     properties = SimpleNamespace(name="emulated", total_memory=2**34, major=9, minor=0, multi_processor_count=1)
     answers: dict[str, Any] = {
         "is_available": True, "_lazy_init": None, "device_count": 1, "current_device": 0, "set_device": None,
-        "synchronize": None, "is_bf16_supported": True, "get_device_name": "emulated", "empty_cache": None,
+        "synchronize": None, "is_bf16_supported": False, "get_device_name": "emulated", "empty_cache": None,
         "get_device_properties": properties, "get_device_capability": (9, 0), "manual_seed_all": None,
         "mem_get_info": (2**33, 2**34), "memory_allocated": 0, "max_memory_allocated": 0,
         "device": contextlib.nullcontext(), "is_current_stream_capturing": False,
@@ -149,6 +160,7 @@ def emulated_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, Names():
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
         patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # or parameters keep their class
         yield

@@ -10,11 +10,13 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
 
 import numpy as np
+import quick_interpreter  # noqa: F401
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
@@ -37,7 +39,7 @@ def sampling(device: torch.device) -> Any:
     for kind, options in (("llama", {"temperature": 0.8, "top_k": 20}), ("gpt2", {"top_p": 0.9}), ("mistral", {})):
         sampler = Sampler(tiny_causal_lm(tokenizer, kind=kind).to(device), tokenizer)
         assert sampler.path() is SharedPromptEngine
-        drawn = sampler.sample(PROMPTS, n=4, max_new_tokens=6, seed=7, **options)
+        drawn = sampler.sample(PROMPTS, n=3, max_new_tokens=4, seed=7, **options)
         results += [drawn.token_ids, drawn.logprobs]
     return results
 
@@ -175,8 +177,28 @@ def ppo(device: torch.device) -> Any:
     return drawn, stats["ppo/loss/total"], [p for p in made.model.parameters() if p.requires_grad]
 
 
+def align(device: torch.device) -> Any:
+    """Palette in, model out: sampling, rewards, the dual, distillation, the proof."""
+    from fastalign.jobs.align import job
+
+    words = ["cat", "dog", "fox", "hat", "house", "story", "good", "bad"]
+    prompts = [f"tell me a {word} {ending}" for word in words for ending in ("story", "review")]
+    with tempfile.TemporaryDirectory() as folder:
+        model, code = tiny_folder(Path(folder) / "model", scale=3.0), Path(folder) / "own.py"
+        code.write_text(
+            "def vowels(prompts, texts):\n    return [sum(c in 'aeiou' for c in text) / 4 for text in texts]\n"
+        )
+        result = job.align(
+            str(model), prompts, [f"{code}:vowels"], "vowels>=+10%", Path(folder) / "out", how="distill", candidates=8,
+            max_new_tokens=4, seed=0, budget="1000t", dtype="float32", show_progress=False, texts_per_prompt=2,
+        )  # fmt: skip
+        assert (Path(folder) / "out" / "report.html").exists()
+    return [result["lam"]["vowels"], *(result["values"]["vowels"][name] for name in ("base", "realised", "se"))]
+
+
 JOBS = {
-    job.__name__: job for job in (sampling, selection, rewards, palettes, soups, dpo, grpo, distill, ppo, reward_model)
+    job.__name__: job
+    for job in (sampling, selection, rewards, palettes, soups, dpo, grpo, distill, ppo, reward_model, align)
 }
 
 
@@ -189,11 +211,11 @@ def on_host(result: Any) -> Any:
 # How often a job's own code may wait for the GPU (transformers waits on its own, and so does the trial of a model): one
 # read for each token that is drawn; of a training step one of the batch, before its forward pass, one of the loss,
 # one of the figures that are logged and one of the gradient's norm.
-WAITS = {"sampling": 3 * 6, "dpo": 2 * 4, "grpo": 2 * (4 + 4), "distill": 2 * 2, "reward_model": 2 * 3}
+WAITS = {"sampling": 3 * 4, "dpo": 2 * 4, "grpo": 2 * (4 + 4), "distill": 2 * 2, "reward_model": 2 * 3}
 
 
 def main() -> None:
-    names = sys.argv[1:] or by_the_day(JOBS, 3)
+    names = sys.argv[1:] or by_the_day(JOBS, 4)
     torch.set_num_threads(1)
     wanted = {name: on_host(JOBS[name](CPU)) for name in names}
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first device

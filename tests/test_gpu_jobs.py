@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 
 def test_jobs_on_a_gpu_give_what_they_give_on_the_cpu():
-    """The sampler, the trainers, rewards, soups and palettes: a third of them each day."""
+    """The sampler, the trainers, rewards, soups and palettes: a quarter of them each day."""
     command = [sys.executable, "-W", "ignore", Path(__file__).with_name("gpu_jobs.py")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
