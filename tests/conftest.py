@@ -19,9 +19,10 @@ from fastalign._base import progress
 LARGE = 8  # cases of an interpreted matrix
 # The files that take longest.
 FIRST = """cli_train align grpo_models gpu_jobs linear_token_logprobs policy build remote_sampler grpo_resume
-grpo_trainer vocab_parallel resample preference linear_sample_tokens sampler kernels docs token_logprobs outputs cli
-sample_tokens integrations_trl signals scale reward_trainer dpo_trainer processes distill_trainer shared_prompt gae streams
-judge pareto_report compile_gate layouts map_statistics enumerable report""".split()
+grpo_trainer vocab_parallel resample preference linear_sample_tokens sampler kernels docs token_logprobs
+outputs cli sample_tokens integrations_trl signals scale reward_trainer dpo_trainer processes
+distill_trainer shared_prompt gae streams judge pareto_report compile_gate layouts map_statistics
+enumerable report""".split()
 settings.register_profile("fastalign", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("fastalign")
 
