@@ -235,23 +235,38 @@ def reports(ops: list[str], turns: list[str] | None, device: str) -> tuple[list[
     return result, broken
 
 
-def page(found: list[Report], faults: int) -> str:
-    """Markdown, one line per kernel."""
-    lines = [
+LINE = re.compile(r"- Triton ([\d.]+): [\d,]+ kernels, \d+ faults")
+
+
+def page(found: list[Report], faults: int, before: str = "") -> str:
+    """Markdown: a line for each Triton with which the page was made, and one for each kernel, with the newest of them.
+    before: the page as it stands."""
+    summary = f"- Triton {triton.__version__}: {len(found):,} kernels, {faults} faults"
+    lines = {m[1]: m[0] for m in LINE.finditer(before)} | {triton.__version__: summary}
+    newest, *others = sorted(lines, key=lambda version: [int(x) for x in version.split(".")], reverse=True)
+    head = [
         "# GPU kernels compiled",
         "",
-        f"`python tools/compile_gate.py` with Triton {triton.__version__}: {len(found)} kernels, {faults} faults.",
+        "`python tools/compile_gate.py`:",
+        "",
+        *(lines[x] for x in (newest, *others)),
+        "",
+    ]
+    if newest != triton.__version__:
+        return "\n".join(head) + before[before.index("\nRegisters") :]
+    rows = [
+        f"Registers and the like are those with Triton {newest}.",
         "",
         "| op | kernel | case | device | warps | registers | spills | shared memory | tensor cores | widest load |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in found:
         load = "bulk" if r.load_bits > 256 else f"{r.load_bits} bits"
-        lines.append(
+        rows.append(
             f"| {r.op} | {r.kernel} | {r.case} | {r.device} | {r.warps} | {r.registers} | {r.spills} | "
             f"{r.shared:,} | {r.tensor_core or '-'} | {load} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(head + rows) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -285,8 +300,9 @@ def main(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
     if options.table:
+        before = options.table.read_text() if options.table.exists() else ""
         with atomic_write(options.table) as path:
-            path.write_text(page(result, len(faults)))
+            path.write_text(page(result, len(faults), before))
     print(f"{len(result)} kernels compiled with Triton {triton.__version__}, {len(faults)} faults")
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -212,6 +212,7 @@ def _settings(
     to_cap, to_z, _ = transform_factors(math.log(2), softcap or None, scaling)
     block_d, block_dv = _power(d), _power(dv)
     size = max(block_d, block_dv) * q.itemsize
+    full = q.itemsize == 4 and size == WIDE  # float32's products take each operand in three parts, in every warp
     return {
         "to_cap": to_cap,
         "to_z": to_z,
@@ -222,10 +223,10 @@ def _settings(
         "SOFTCAP": softcap > 0,
         "DOT": tl.float32 if q.device.type == "cpu" else TYPES[q.dtype],  # the interpreter multiplies no bfloat16
         "BLOCK_M": block_m,
-        "BLOCK_N": KEYS if size <= WIDE else LEAST,
+        "BLOCK_N": KEYS // 2 if full else KEYS if size <= WIDE else LEAST,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 8 if size > WIDE or block_m == QUERIES else 4,
+        "num_warps": 8 if q.itemsize < 4 and (size > WIDE or block_m == QUERIES) else 4,
         "num_stages": 2,
         **options(q.dtype, q.device),
     }
