@@ -60,6 +60,10 @@ def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
         )
 
 
+class NotNumbers(TypeError):
+    """A reward's result that is no list of numbers."""
+
+
 def as_scores(name: str, values: ArrayLike, count: int) -> np.ndarray:
     """A reward's result, tensors of any device and dtype included, as float32 (count,); raises TypeError or UserError,
     naming the reward, if it is anything else."""
@@ -71,7 +75,7 @@ def as_scores(name: str, values: ArrayLike, count: int) -> np.ndarray:
         if values is None:
             raise TypeError
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a list of tensors with gradients
-        raise TypeError(f"reward {name!r} must return {count} numbers, got {type(values).__name__}") from None
+        raise NotNumbers(f"reward {name!r} must return {count} numbers, got {type(values).__name__}") from None
     if scores.shape != (count,):
         raise UserError(f"reward {name!r} must return shape ({count},), got {scores.shape}")
     return scores

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign.data.conversations import as_text
-from fastalign.rewards.base import Reward, as_scores, with_conversations
+from fastalign.rewards.base import NotNumbers, Reward, as_scores, with_conversations
 from fastalign.rewards.registry import made, maker
 
 
@@ -37,15 +37,13 @@ class OwnReward:
         if not self.reads_messages:
             prompts = [as_text(prompt) for prompt in prompts]
         try:
-            values = self.reward(prompts, responses)
+            return as_scores(self.name, self.reward(prompts, responses), len(prompts))
         except UserError:
             raise
+        except NotNumbers as error:
+            raise UserError(str(error)) from None
         except (Exception, SystemExit) as error:  # sys.exit() in a script would end the command without a word
             raise UserError(f"reward {self.name!r}: {_told(error)}") from error
-        try:
-            return as_scores(self.name, values, len(prompts))
-        except TypeError as error:
-            raise UserError(str(error)) from None
 
 
 def check_file(file: str, attribute: str) -> None:

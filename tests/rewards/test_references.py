@@ -265,7 +265,10 @@ def test_align_and_grpo(here):
         ("return torch.ones(len(responses), dtype=torch.bfloat16)", 1.0),
         ("return torch.ones(len(responses), requires_grad=True)", 1.0),
         ("return None", "reward 'f' must return 2 numbers, got NoneType"),
-        ("return [torch.ones((), requires_grad=True) for _ in responses]", "must return 2 numbers, got list"),
+        (
+            "return [torch.ones((), requires_grad=True) for _ in responses]",
+            "reward 'f' must return 2 numbers, got list",
+        ),
         ("raise SystemExit(3)", "reward 'f': SystemExit: 3 (f.py, line 4)"),
     ],
 )
@@ -275,7 +278,7 @@ def test_what_a_function_may_return(tmp_path, monkeypatch, body, wanted):
     if wanted == 1.0:
         np.testing.assert_array_equal(rewards.score("f.py:f", PROMPTS, TEXTS)[:, 0], [1.0, 1.0])
     else:
-        with pytest.raises(UserError, match=re.escape(wanted)):
+        with pytest.raises(UserError, match="^" + re.escape(wanted)):
             rewards.score("f.py:f", PROMPTS, TEXTS)
 
 
