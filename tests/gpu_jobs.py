@@ -126,7 +126,7 @@ def grpo(device: torch.device) -> Any:
 
     options = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
     rows = [{"prompt": p} for p in PROMPTS * 2]
-    return trained(GRPOTrainer, GRPOConfig, rows, device, reward_funcs=[length], packs=True, **options)
+    return trained(GRPOTrainer, GRPOConfig, rows, device, more={"reward_funcs": [length]}, packs=True, **options)
 
 
 def distill(device: torch.device) -> Any:
@@ -140,10 +140,9 @@ def distill(device: torch.device) -> Any:
 
 
 def trained(
-    trainer: Any, config: Any, rows: Any, device: torch.device, *, model=None, packs=False, **options: Any
+    trainer: Any, config: Any, rows: Any, device: torch.device, *, model=None, packs=False, more=None, **options: Any
 ) -> Any:
     """The losses of two steps, and the weights after them."""
-    more = {name: options.pop(name) for name in ("reward_funcs",) if name in options}
     with tempfile.TemporaryDirectory() as folder:
         model = model or AutoModelForCausalLM.from_pretrained(tiny_folder(folder, scale=3.0))
         arguments = config(
@@ -156,7 +155,7 @@ def trained(
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=tiny_tokenizer(),
-            **more,
+            **more or {},
         )
         assert made.accelerator.device == device
         assert not packs or made._packs

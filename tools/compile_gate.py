@@ -235,7 +235,7 @@ def reports(ops: list[str], turns: list[str] | None, device: str) -> tuple[list[
     return result, broken
 
 
-LINE = re.compile(r"- Triton ([\d.]+): [\d,]+ kernels, \d+ faults")
+LINE = re.compile(r"- Triton (\S+): [\d,]+ kernels, \d+ faults")
 
 
 def page(found: list[Report], faults: int, before: str = "") -> str:
@@ -243,7 +243,7 @@ def page(found: list[Report], faults: int, before: str = "") -> str:
     before: the page as it stands."""
     summary = f"- Triton {triton.__version__}: {len(found):,} kernels, {faults} faults"
     lines = {m[1]: m[0] for m in LINE.finditer(before)} | {triton.__version__: summary}
-    newest, *others = sorted(lines, key=lambda version: [int(x) for x in version.split(".")], reverse=True)
+    newest, *others = sorted(lines, key=lambda version: [int(x) for x in re.findall(r"\d+", version)[:3]], reverse=True)
     head = [
         "# GPU kernels compiled",
         "",

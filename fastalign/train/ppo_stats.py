@@ -90,21 +90,19 @@ def minibatch_sums(
     mask: Tensor,
 ) -> Tensor:
     """Each of MEANS times the number of tokens of a mini batch, float64 (len(MEANS),)."""
-    logprobs, values, tokens = new.log_probs.detach(), new.values.detach(), mask.sum()
-    means = (policy.policy_loss, value.loss.detach(), total.detach(), policy.clip_low + policy.clip_high)
-    policy_mean, value_mean, total_mean, clipped = (x.double() * tokens for x in means)
+    logprobs, values, tokens = new.log_probs.detach(), new.values.detach(), mask.sum().double()
     sums = (
-        policy_mean,
-        value_mean,
-        total_mean,
+        policy.policy_loss * tokens,
+        value.loss.detach() * tokens,
+        total.detach() * tokens,
         _sum(new.entropy.detach(), mask),
         _sum(kl_penalty(logprobs, old_logprobs, "k2"), mask),
         _sum(kl_penalty(old_logprobs, logprobs, "k1"), mask),
-        clipped,
+        (policy.clip_low + policy.clip_high) * tokens,
         _sum(advantages, mask),
         _sum(values, mask),
         _sum((values - returns).square(), mask),
-        value.clip_fraction.double() * tokens,
+        value.clip_fraction * tokens,
     )
     return torch.stack(sums)
 
