@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long files first. A fourth of each slow matrix a day: those marked so, and those of Triton's interpreter, which
+    """Long files first. A sixth of each slow matrix a day: those marked so, and those of Triton's interpreter, which
     takes thirty times as long as what is compiled."""
     order = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))  # or a worker is left alone with one of them
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
     sizes = Counter(test_of(item) for item in items if is_interpreted(item))
     marked = [item for item in items if item.get_closest_marker("slow_matrix")]
     interpreted = [i for i in items if is_interpreted(i) and sizes[test_of(i)] >= LARGE and i not in {*marked}]
-    left_out = not_today([*marked, *interpreted], group=test_of, name=lambda item: item.nodeid)
+    left_out = not_today([*marked, *interpreted], group=test_of, name=lambda item: item.nodeid, parts=6)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 

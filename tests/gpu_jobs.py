@@ -214,7 +214,7 @@ WAITS = {"sampling": 3 * 4, "dpo": 2 * 4, "grpo": 2 * (4 + 4), "distill": 2 * 2,
 
 
 def main() -> None:
-    names = sys.argv[1:] or by_the_day(JOBS, 4)
+    names = sys.argv[1:] or by_the_day(JOBS, 6)
     torch.set_num_threads(1)
     wanted = {name: on_host(JOBS[name](CPU)) for name in names}
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first device

@@ -14,7 +14,7 @@ if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
 
 
 def test_jobs_on_a_gpu_give_what_they_give_on_the_cpu():
-    """The sampler, the trainers, rewards, soups and palettes: a quarter of them each day."""
+    """The sampler, the trainers, rewards, soups and palettes: a sixth of them each day."""
     command = [sys.executable, "-W", "ignore", Path(__file__).with_name("gpu_jobs.py")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -38,7 +38,7 @@ def by_the_day(cases: Iterable[T], parts: int) -> list[T]:
     return cases if ALL else cases[DAY % parts :: parts]
 
 
-def not_today(cases: Iterable[T], group: Callable[[T], Hashable], name: Callable[[T], str], parts: int = 4) -> set[T]:
+def not_today(cases: Iterable[T], group: Callable[[T], Hashable], name: Callable[[T], str], parts: int) -> set[T]:
     """Of each group of cases all but a part, another each day, whose members have nothing in common."""
     groups: dict[Hashable, list[T]] = defaultdict(list)
     for case in cases:
