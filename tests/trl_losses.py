@@ -18,9 +18,17 @@ ROWS = [
 ]
 
 
-@functools.cache
 def dpo_trainer():
     """A real DPOTrainer over two tiny models, with three preference pairs. One a session: set its options per test."""
+    from accelerate import Accelerator
+
+    trainer = _dpo_trainer()
+    Accelerator(cpu=True)  # every later TrainingArguments clears the state that all Accelerators of a process share
+    return trainer
+
+
+@functools.cache
+def _dpo_trainer():
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer
 
