@@ -39,6 +39,7 @@ PLACES = ("model", "models", "base", "prompts", "data")  # string parameters tha
 FOLDERS = ("align", "distill", "dpo", "grpo", "ppo", "reward", "soup", "soup_front")
 INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 Result = Mapping[str, Any]  # what a command returns and --json prints
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results, and nothing else, as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only results and errors.")]
@@ -70,7 +71,7 @@ def registrar(app: typer.Typer) -> Registrar:
 
             @functools.wraps(function)
             def guarded(*args, as_json: bool = False, quiet: bool = False, **kwargs):
-                token = _AS_JSON.set(as_json)
+                tokens = _AS_JSON.set(as_json), _QUIET.set(quiet)
                 try:
                     kwargs = {name: _at_home(name, value) for name, value in kwargs.items()}
                     arguments = signature.bind(*args, **kwargs).arguments
@@ -104,7 +105,8 @@ def registrar(app: typer.Typer) -> Registrar:
                         raise
                     _fail(_in_options(_one_line(error), signature))
                 finally:
-                    _AS_JSON.reset(token)
+                    _AS_JSON.reset(tokens[0])
+                    _QUIET.reset(tokens[1])
 
             more = {"quiet": Quiet} | ({"as_json": AsJson} if signature.return_annotation is not None else {})
             added = [
@@ -132,6 +134,12 @@ def console(out: Path | None = None) -> Console:
     width = None if sys.stdout.isatty() else UNWRAPPED
     stderr = str(out) == STDOUT
     return Console(highlight=False, markup=False, emoji=False, stderr=stderr, width=width, quiet=_AS_JSON.get())
+
+
+def advise(console: Console, text: str) -> None:
+    """Print what is no result but advice; not with --quiet."""
+    if not _QUIET.get():
+        console.print(text)
 
 
 @contextmanager

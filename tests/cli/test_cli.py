@@ -103,11 +103,15 @@ def test_the_whole_chain(scored, tmp_path):
 
 def test_an_infeasible_palette_is_reported_and_the_nearest_solved_for(scored, tmp_path):
     code, out, _ = fastalign("map", scored, "--palette", "0.99,5.0", "--out", tmp_path / "palette.json")
-    assert "to draw them: fastalign sample --more" in out
+    assert out.index("infeasible") < out.index("to draw them: fastalign sample --more")
     solution = json.loads((tmp_path / "palette.json").read_text())
     assert code == 3 and "infeasible" in out and not solution["feasible"]
     assert solution["nearest"][1] < 5.0 and np.isfinite(solution["lambda"]).all()
     np.testing.assert_array_less(np.array(solution["solved_for"]) - 1e-6, np.array(solution["levels"]))
+    first, second = solution["values"]
+    shown = fastalign("map", scored, "--palette", f"{first}=9,rest=free", "--out", tmp_path / "free.json")[1]
+    nearest = shown.partition("nearest ")[2].partition(". λ")[0]
+    assert nearest.startswith(f"{first}=") and second not in nearest
 
 
 def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampling, tmp_path, monkeypatch):
@@ -307,7 +311,8 @@ def test_quiet_shows_results_and_errors_alone(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["map", tmp_path / "rows.jsonl", "--quantile", 0.6, "--out", tmp_path / "p.json"]
     code, shown, err = fastalign(*command, "--quiet")
-    assert code == 0 and "a" in shown and err == ""
+    assert code == 0 and "a" in shown and "KL" in shown and "candidates" not in shown and err == ""
+    assert "candidates" in fastalign(*command, "--overwrite")[1]
     assert "already there" in fastalign(*command)[2] and fastalign(*command, "--quiet")[2] == ""
     assert "quantile must lie between" in refused(*command[:-1], tmp_path / "q.json", "--quantile", 2, "--quiet")
 
@@ -334,6 +339,7 @@ def test_more_is_refused_beside_what_it_does_not_go_by(tmp_path):
             assert line.endswith(f"own model, prompts and settings: leave out {one.opts[0]}\n"), line
     line = refused("sample", "--out", tmp_path / "out", "--more", 2, "--candidates", 4, "--seed", 0)
     assert line.endswith(": leave out -n, --seed\n")
+    assert "no such file" in refused("sample", "--out", tmp_path / "none", "--more", 2, "--quiet")
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_bad_device(folder):
             load_causal_lm(folder, device="cuda")
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nope", "a/b/c", "~/no-such-folder-here"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nope", "a/b/c", "~/no-such-folder-here", "positive/"])
 def test_missing_folder(name):
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         load_causal_lm(name)
