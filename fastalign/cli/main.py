@@ -345,7 +345,7 @@ def map_(
         ),
     ] = None,
     quantile: Annotated[
-        float | None, typer.Option(help="Use this quantile of each value, or its mean if that is higher, as its target instead.")
+        float | None, typer.Option(help="Use this quantile of each value as its target, or its mean where higher.")
     ] = None,
     values: Values = None,
     joint: Joint = False,

@@ -91,7 +91,7 @@ def read_terms(text: str | Mapping[str, Any], names: Sequence[str]) -> list[tupl
     else:
         fields = [field.strip() for field in text.split(",") if field.strip()]
     shown = text if isinstance(text, str) else ", ".join(fields)
-    form = f"palette must be numbers or terms such as name=0.5, name>=mean+1sd or name<=q80, comma-separated, got {shown!r}"
+    form = f"palette must be numbers or terms such as name>=0.5 or name<=q80, comma-separated, got {shown!r}"
     if not any("=" in field for field in fields):
         try:
             levels = np.array([float(field) for field in fields])

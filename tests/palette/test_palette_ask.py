@@ -109,7 +109,7 @@ def test_mistakes_in_files(tmp_path, content, message):
     "text, message",
     [
         ("1,2", r"must have 3 levels \(humor, helpful, harmless\), got 2"),
-        ("1,2,x", "must be numbers or terms such as name=0.5, name>=mean\\+1sd or name<=q80, comma-separated, got '1,2,x'"),
+        ("1,2,x", "must be numbers or terms such as name>=0.5 or name<=q80, comma-separated, got '1,2,x'"),
         ("humor=1", "name each of humor, helpful, harmless once, got humor: add helpful, harmless or rest=mean"),
         ("humour=1,rest=mean", "name each of humor, helpful, harmless once, got 'humour'"),
         ("humor=1,humor=2,rest=mean", "got 'humor' again"),
