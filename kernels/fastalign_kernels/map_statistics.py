@@ -343,13 +343,14 @@ def statistics(
     blocks = (triton.cdiv(count, lambdas), width // own)
     log_weights = None if log_weights is None else log_weights.contiguous()
     shape = {"LANES": lanes, "LAMBDAS": lambdas, "OWN": own, "WIDTH": width}
+    warps = WARPS * max(own * width // SUMS, 1)
     if groups is not None:
         order, offsets, found = _in_order(groups)
         programs = min(PROGRAMS, triton.cdiv(n, 8))
         sums = rewards.new_empty(programs, count, 3 + m + m * m, dtype=torch.float64)
         _by_group[(programs, *blocks)](
             sums, rewards, order, offsets, found, lam, center, log_weights, m, count, programs, *rewards.stride(),
-            **shape, enable_fp_fusion=True, num_warps=WARPS,
+            **shape, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip
         log_z, ess, top, mean, cov = (sums.sum(0) / found).split([1, 1, 1, m, m * m], 1)
         return tuple(x.reshape(to.shape).clone() for x, to in zip((log_z, mean, cov, ess, top), out, strict=True))
@@ -358,12 +359,12 @@ def statistics(
     sums = rewards.new_empty(programs, count, size, dtype=torch.float64)
     _joint[(programs, *blocks)](
         sums, rewards, lam, center, log_weights, n, m, count, each, *rewards.stride(),
-        SIZE=size, SCALARS=SCALARS, **shape, enable_fp_fusion=True, num_warps=WARPS,
+        SIZE=size, SCALARS=SCALARS, **shape, enable_fp_fusion=True, num_warps=warps,
     )  # fmt: skip
     _merge[(count, width // own)](
         sums, *out, programs, m, count, math.log(n),
         WEIGHTED=log_weights is not None, SIZE=size, SCALARS=SCALARS, TILE=lanes, OWN=own, WIDTH=width,
-        enable_fp_fusion=True, num_warps=WARPS,
+        enable_fp_fusion=True, num_warps=warps,
     )  # fmt: skip
     return out
 
