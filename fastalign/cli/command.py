@@ -71,7 +71,7 @@ def registrar(app: typer.Typer) -> Registrar:
 
             @functools.wraps(function)
             def guarded(*args, as_json: bool = False, quiet: bool = False, **kwargs):
-                tokens = _AS_JSON.set(as_json), _QUIET.set(quiet)
+                json_before, quiet_before = _AS_JSON.set(as_json), _QUIET.set(quiet)
                 try:
                     kwargs = {name: _at_home(name, value) for name, value in kwargs.items()}
                     arguments = signature.bind(*args, **kwargs).arguments
@@ -105,8 +105,8 @@ def registrar(app: typer.Typer) -> Registrar:
                         raise
                     _fail(_in_options(_one_line(error), signature))
                 finally:
-                    _AS_JSON.reset(tokens[0])
-                    _QUIET.reset(tokens[1])
+                    _AS_JSON.reset(json_before)
+                    _QUIET.reset(quiet_before)
 
             more = {"quiet": Quiet} | ({"as_json": AsJson} if signature.return_annotation is not None else {})
             added = [

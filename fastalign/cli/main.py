@@ -272,7 +272,7 @@ def _drawn(out: Path, candidates) -> Result:
     return {"out": str(out), "prompts": len(candidates.prompts), "n": candidates.n, "tokens": candidates.tokens}
 
 
-def _advise(console, worth, n: int, scored: Path) -> None:
+def _advise_more(console, worth, n: int, scored: Path) -> None:
     """How to have more candidates, where there are too few and they were drawn here."""
     from fastalign._base import outputs
 
@@ -391,7 +391,8 @@ def map_(
         f"KKT residual {solution['kkt_residual']:.1e}"
     )
     if not solution["feasible"]:
-        levels = zip(solution["values"], solution["nearest"], solution["free"], strict=True)
+        free = solution.get("free") or [False] * len(solution["values"])  # older files do not say
+        levels = zip(solution["values"], solution["nearest"], free, strict=True)
         nearest = ", ".join(f"{name}={x:.4f}" for name, x, free in levels if not free)
         what = alternatives(solution.get("conflicts") or [solution["values"]])  # older files have none
         console.print(
@@ -400,7 +401,7 @@ def map_(
         )
     if str(out) != STDOUT:
         advise(console, pipeline.predicted_need(out, solution["candidates"]))
-        _advise(console, pipeline.worth_of(solution), solution["candidates"], scored)
+        _advise_more(console, pipeline.worth_of(solution), solution["candidates"], scored)
         console.print(f"{out}")
     if plot is not None:
         console.print(f"{plot}")
@@ -561,7 +562,7 @@ def select(
             console.print(f"KL {estimate.kl[0]:.3f} nats, {worth}")
             if estimate.doubt:
                 console.print(estimate.doubt, style="yellow")
-                _advise(console, estimate.worth[0], estimate.n, scored)
+                _advise_more(console, estimate.worth[0], estimate.n, scored)
     return result
 
 

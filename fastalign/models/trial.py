@@ -100,7 +100,7 @@ def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdic
             if math.isfinite(verdict.error) and not verdict.ok:
                 # The largest of so many roundings is now and then beyond the tolerance, mostly in half precision. A
                 # fault is so with other tokens too.
-                verdict = _compare(path, model, _known_truth(model, narrow, probe=1))
+                verdict = _compare(path, model, _known_truth(model, narrow, seed=1))
         untold[key] = verdict, uses + 1
         if truth.telling and is_plain(model):
             _kept[key] = verdict
@@ -148,12 +148,12 @@ def _at_rest(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _known_truth(model: Any, narrow: frozenset[str], probe: int = 0) -> _Truth:
-    kept, key = _truths.get(), (id(model), narrow, probe)
+def _known_truth(model: Any, narrow: frozenset[str], seed: int = 0) -> _Truth:
+    kept, key = _truths.get(), (id(model), narrow, seed)
     if kept is None:
-        return _truth(model, probe)
+        return _truth(model, seed)
     if key not in kept:
-        kept[key] = _truth(model, probe)
+        kept[key] = _truth(model, seed)
     return kept[key]
 
 

@@ -343,7 +343,7 @@ def statistics(
     blocks = (triton.cdiv(count, lambdas), width // own)
     log_weights = None if log_weights is None else log_weights.contiguous()
     shape = {"LANES": lanes, "LAMBDAS": lambdas, "OWN": own, "WIDTH": width}
-    warps = WARPS * max(own * width // SUMS, 1)
+    warps = WARPS * max(own * width // SUMS, 1)  # no thread has more than its 16 sums: older Tritons spill them
     if groups is not None:
         order, offsets, found = _in_order(groups)
         programs = min(PROGRAMS, triton.cdiv(n, 8))
