@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 FIRST, EVERY = 5.0, 30.0  # without a terminal: seconds to the first line, and between lines
 NEWS = 10.0  # in place of EVERY, if a step has extra text
@@ -28,10 +28,10 @@ class Work:
     unit: str = ""
     done: int = 0
     said: str = ""
-    began: float = field(default_factory=time.monotonic)
     shown_at: float | None = None
 
     def __post_init__(self) -> None:
+        self.began = time.monotonic()
         self._first = self.done
 
     def due(self, now: float) -> bool:
@@ -121,9 +121,13 @@ def _shown(work: Work) -> Iterator[None]:
 def _watch(end: threading.Event) -> None:
     """Prints due lines even if a single step takes minutes."""
     while not end.wait(TICK):
-        now = time.monotonic()
-        if any(work.due(now) for work in _open):
-            _tell(list(_open))
+        _look()
+
+
+def _look() -> None:
+    now = time.monotonic()
+    if any(work.due(now) for work in _open):
+        _tell(list(_open))
 
 
 def _tell(works: list[Work]) -> None:

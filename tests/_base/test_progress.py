@@ -3,75 +3,103 @@
 import io
 import re
 import sys
-import time
+import threading
 
 import pytest
 
 from fastalign._base import progress
 
-USUAL = progress.FIRST, progress.NEWS, progress.EVERY + progress.TICK  # other than in tests
+USUAL = {name: getattr(progress, name) for name in ("FIRST", "EVERY", "NEWS", "TICK")}  # conftest.py changes them
+
+
+class Clock:
+    """progress.time, at a standstill but for `sleep`, after which the watcher's thread has looked."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        progress._look()
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    for name, seconds in (("FIRST", 0.1), ("EVERY", 0.3), ("NEWS", 0.15), ("TICK", 0.01)):
+def clock(monkeypatch):
+    for name, seconds in USUAL.items():
         monkeypatch.setattr(progress, name, seconds)
+    monkeypatch.setattr(progress, "TICK", 1e6)
+    monkeypatch.setattr(progress, "time", Clock())
+    return progress.time
 
 
 def test_it_never_waits_longer_than_a_minute():
-    assert max(USUAL) < 60
+    assert USUAL["FIRST"] < 60 and USUAL["NEWS"] < 60 and USUAL["EVERY"] + USUAL["TICK"] < 60
 
 
-def test_quick_work_says_nothing(capsys):
+def test_quick_work_says_nothing(clock, capsys):
     with progress.at_work("score"), progress.bar("scoring", total=3, unit="texts") as advance:
+        clock.sleep(4)
         advance(3)
     assert capsys.readouterr().err == "" and not progress._open
 
 
-def test_long_work_tells_count_rate_and_time_left(hasty, capsys):
+def test_long_work_tells_count_rate_and_time_left(clock, capsys):
     with progress.bar("scoring", total=4000, unit="texts") as advance:
         advance(1000)
-        time.sleep(0.2)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert re.fullmatch(r"scoring: 1,000/4,000 texts  [\d,]+ texts/s  0:0\d left", line)
+        clock.sleep(5)
+        assert capsys.readouterr().err == "scoring: 1,000/4,000 texts  200 texts/s  0:15 left\n"
         advance(3000)
-        time.sleep(0.35)
-        assert re.fullmatch(r"scoring: 4,000/4,000 texts  [\d,]+ texts/s\n", capsys.readouterr().err)
+        clock.sleep(29)
+        assert capsys.readouterr().err == ""
+        clock.sleep(1)
+        assert capsys.readouterr().err == "scoring: 4,000/4,000 texts  114 texts/s\n"
 
 
-def test_a_step_that_takes_long_is_reported_too_and_a_command_that_counts_nothing(hasty, capsys):
+def test_a_step_that_takes_long_is_reported_too_and_a_command_that_counts_nothing(clock, capsys):
     with progress.at_work("map"):
-        time.sleep(0.45)
-        assert capsys.readouterr().err == "map: at work for 0:00\n"
+        clock.sleep(30)
+        assert capsys.readouterr().err == "map: at work for 0:30\n"
         with progress.bar("outer", total=2, unit="soups"), progress.bar("inner", total=9):
-            time.sleep(0.2)
+            clock.sleep(20)
             assert capsys.readouterr().err == "outer: 0/2 soups; inner: 0/9\n"
-        time.sleep(0.2)
+        clock.sleep(29)
         assert capsys.readouterr().err == ""  # a sign of life was given just now
+        clock.sleep(1)
+        assert capsys.readouterr().err == "map: at work for 1:20\n"
 
 
-def test_what_a_step_says_comes_at_once_then_now_and_again_and_at_the_end(hasty, capsys):
+def test_what_a_step_says_comes_at_once_then_now_and_again_and_at_the_end(clock, capsys):
     with progress.bar("dpo", total=40, unit="steps", done=30) as advance:
-        for step in range(30, 40):
+        for step in range(31, 41):
+            clock.sleep(4)
             advance()
             advance(0, f"loss {step}")
-            time.sleep(0.04)
     lines = [re.sub(r"  \S+ steps/s|  \S+ left", "", line) for line in capsys.readouterr().err.splitlines()]
-    assert lines[0] == "dpo: 31/40 steps  loss 30" and lines[-1] == "dpo: 40/40 steps  loss 39"
-    assert 3 <= len(lines) <= 6
+    assert lines == [f"dpo: {step}/40 steps  loss {step}" for step in (31, 34, 37, 40)]
 
 
-def test_of_several_processes_the_first_tells(hasty, capsys, monkeypatch):
+def test_the_watcher_looks_by_itself(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "TICK", 0.001)
+    monkeypatch.setattr(progress, "FIRST", 0.0)
+    looked = threading.Event()
+    monkeypatch.setattr(progress, "_tell", lambda works: looked.set())
+    with progress.bar("scoring", total=3):
+        assert looked.wait(60)
+
+
+def test_of_several_processes_the_first_tells(clock, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with progress.at_work("dpo"):
-        time.sleep(0.4)
+        clock.sleep(40)
     assert capsys.readouterr().err == ""
 
 
-def test_not_asked_for_nothing_is_shown(hasty, capsys):
+def test_not_asked_for_nothing_is_shown(clock, capsys):
     with progress.bar("scoring", total=3, show=False) as advance:
         advance(1, "loss")
-        time.sleep(0.2)
+        clock.sleep(40)
     assert capsys.readouterr().err == ""
 
 
