@@ -42,6 +42,11 @@ class Preset:
         """Its name among values."""
         return self.name.rpartition("/")[2]
 
+    @property
+    def downloaded(self) -> str | None:
+        """The model that comes from the hub; None where there is none."""
+        return None if self.head in ("reward", "service") else self.model
+
 
 _MAP = "MAP, arXiv 2410.19198"
 _HH = "\n\nHuman: {prompt} \n\nAssistant:"  # the dialogues of Anthropic's hh-rlhf

@@ -21,11 +21,13 @@ GROUP = "fastalign.rewards"  # entry points of installed packages: a name, and w
 
 
 class RewardInfo(NamedTuple):
-    """A registered reward: its description, the module that it needs, and whether that is installed."""
+    """A registered reward: its description, the package that it needs, whether that is installed, and the model on the
+    hub that its first use downloads."""
 
     description: str
     package: str | None
     installed: bool
+    model: str | None = None
 
 
 class _Entry(NamedTuple):
@@ -159,7 +161,10 @@ def available() -> dict[str, RewardInfo]:
         for name, entry in _entries.items()
     }
     others = {name: RewardInfo(f"from {one.value}", None, True) for name, one in _installed().items()}
-    presets = {name: RewardInfo(f"{one.what}, {one.model} ({one.source})", None, True) for name, one in PRESETS.items()}
+    presets = {
+        name: RewardInfo(f"{one.what}, {one.model} ({one.source})", None, True, one.downloaded)
+        for name, one in PRESETS.items()
+    }
     return {**others, **own, **{name: one for name, one in presets.items() if name not in own}}
 
 

@@ -223,7 +223,10 @@ def real(*given):
 
 
 def test_names():
-    assert all(name.count("/") == 1 for name in PRESETS) and set(PRESETS) < set(rewards.available())
+    known = rewards.available()
+    assert all(name.count("/") == 1 for name in PRESETS) and set(PRESETS) < set(known)
+    assert known["map/humor"].model == PRESETS["map/humor"].model  # which the first use downloads
+    assert known["map/diversity"].model is None and known["perspective/toxicity"].model is None
     assert len({preset.column for preset in PRESETS.values()}) >= len(PRESETS) - 9  # labels that several groups have
     rewards.check_names(["map/humor", "funny=map/humor", "rm/armorm"])
     with pytest.raises(UserError, match="already a registered reward"):

@@ -194,7 +194,7 @@ def test_register(monkeypatch):
     monkeypatch.setattr("fastalign.rewards.registry._instances", {})
     rewards.register("length", Length, description="characters")
     assert rewards.score(["length"], ["p"], ["four"])[0, 0] == 4
-    assert rewards.available()["length"] == ("characters", None, True)
+    assert rewards.available()["length"] == ("characters", None, True, None)
     with pytest.raises(UserError, match="'length' is already"):
         rewards.register("length", Length)
     rewards.register("length", lambda: rewards.from_function(lambda p, r: [0.0] * len(p), "zero"), replace=True)
