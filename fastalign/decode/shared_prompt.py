@@ -30,6 +30,7 @@ from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
+from fastalign.models.merged_lora import MergedLora
 from fastalign.models.trial import Probe, tried
 from fastalign.ops import layer_passes
 from fastalign.ops.buffers import Buffer, buffer, rows
@@ -78,10 +79,10 @@ class SharedPromptEngine:
     """The rows in flight and their keys and values. Not thread-safe; one job at a time on a model.
 
     rows: maximum number of candidates in flight; prompts: of prompts, None for any number. Memory beyond the model:
-    `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts; on processors where
-    it is faster, also a copy of the linear layers' weights, if it takes at most a quarter of the available memory and
-    `spare` bytes. room: new tokens of a candidate that a GPU has place for from the start, where it would else copy all
-    to grow.
+    `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts; a copy of the linear
+    layers' weights on processors where packed ones are faster, and another with a LoRA's adapters merged, each only if
+    it takes at most a quarter of the available memory, and both at most `spare` bytes. room: new tokens of a candidate
+    that a GPU has place for from the start, where it would else copy all to grow.
 
     Lengths, positions and the tokens drawn last stay on the model's device: a step waits for nothing there.
     """
@@ -95,7 +96,9 @@ class SharedPromptEngine:
         self, model: PreTrainedModel, rows: int, prompts: int | None = None, spare: int | None = None, room: int = 0
     ):
         self.model, self.rows, self.prompts = language_model(model), rows, prompts or rows
-        self._spare, self.room = spare, room
+        self._merged = MergedLora(self.model, spare)
+        self._spare = None if spare is None else spare - self._merged.nbytes
+        self.room = room
         self.head: Head = head_of(self.model)
         self.prefixes: dict[int, Prefix] = {}
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
@@ -168,7 +171,8 @@ class SharedPromptEngine:
         positions, longest = self._starts + lengths, self._clock - min(self._births) + 1
         step = _Step(self, count, longest, lengths, positions)
         if self._layers is None and backend.choose(self.device) != "reference":
-            self._layers = StepLayers(self.model, self.head.weight, self.rows, self._spare)
+            with self._merged:
+                self._layers = StepLayers(self.model, self.head.weight, self.rows, self._spare)
         hidden = self._run(self.last[:count, None], positions[:, None], step, self._layers)
         lengths += 1
         self._clock += 1
@@ -210,13 +214,15 @@ class SharedPromptEngine:
 
     def _run(self, ids: Tensor, positions: Tensor, plan: Any, layers: StepLayers | None = None) -> Tensor:
         """The last hidden states, with attention computed by `plan`."""
+        compiled = CompiledLayers.of(self.model)  # of the layers as they are outside the block
         with contextlib.ExitStack() as block:
+            block.enter_context(self._merged)
             if layers is not None:
                 block.enter_context(layers)
             if layers is None or not layers.whole:
                 block.enter_context(planned(self.model))
                 if self.device.type == "cpu":
-                    block.enter_context(CompiledLayers.of(self.model))
+                    block.enter_context(compiled)
             output = self.model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
