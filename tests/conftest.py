@@ -1,9 +1,12 @@
 import os
+import signal
 from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a hub
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite started in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on CPU tensors, in Triton's interpreter
 
 import pytest
