@@ -30,6 +30,7 @@ from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
+from fastalign.models.linear_layers import SpedUp
 from fastalign.models.merged_lora import MergedLora
 from fastalign.models.trial import Probe, tried
 from fastalign.ops import layer_passes
@@ -214,15 +215,17 @@ class SharedPromptEngine:
 
     def _run(self, ids: Tensor, positions: Tensor, plan: Any, layers: StepLayers | None = None) -> Tensor:
         """The last hidden states, with attention computed by `plan`."""
-        compiled = CompiledLayers.of(self.model)  # of the layers as they are outside the block
+        # Of the layers as they are outside the block.
+        compiled = CompiledLayers.of(self.model) if self.device.type == "cpu" else None
         with contextlib.ExitStack() as block:
             block.enter_context(self._merged)
             if layers is not None:
                 block.enter_context(layers)
             if layers is None or not layers.whole:
                 block.enter_context(planned(self.model))
-                if self.device.type == "cpu":
+                if compiled is not None:
                     block.enter_context(compiled)
+                    block.enter_context(SpedUp(self._merged.linears))
             output = self.model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),

@@ -30,13 +30,15 @@ class MergedLora:
 
     Layers of other kinds stay: DoRA and other variants, quantized or sharded weights, dropout in training, hooks. So do
     all where the copies would take more than a quarter of the available memory or more than `spare` bytes. nbytes: what
-    they take.
+    they take; linears: the layers that run in the block.
     """
 
     nbytes: int
+    linears: nn.ModuleList
 
     def __init__(self, model: PreTrainedModel, spare: int | None = None):
-        self._layers: list[tuple[dict[str, Any], str, nn.Module, nn.Linear]] = []
+        self._layers: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self.linears = nn.ModuleList()
         found = list(_found(model))
         weights = [layer.base_layer.weight for _, _, layer, pairs in found if pairs]
         self.nbytes = sum(weight.nbytes for weight in weights)
@@ -44,15 +46,16 @@ class MergedLora:
             self.nbytes = 0
             return
         for children, name, layer, pairs in found:
-            self._layers.append((children, name, layer, _merged(layer.base_layer, pairs)))
+            self._layers.append((children, name, layer))
+            self.linears.append(_merged(layer.base_layer, pairs))
 
     def __enter__(self) -> MergedLora:
-        for children, name, _, merged in self._layers:
-            children[name] = merged
+        for (children, name, _), linear in zip(self._layers, self.linears, strict=True):
+            children[name] = linear
         return self
 
     def __exit__(self, *error: object) -> None:
-        for children, name, layer, _ in self._layers:
+        for children, name, layer in self._layers:
             children[name] = layer
 
 
