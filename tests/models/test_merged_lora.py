@@ -12,6 +12,7 @@ from fastalign.decode.shared_prompt import SharedPromptEngine, supports
 from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models import merged_lora
 from fastalign.models.merged_lora import MergedLora
+from fastalign.ops import products
 
 peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
@@ -110,6 +111,18 @@ def test_not_beyond_the_memory_there_is(monkeypatch):
     )
     monkeypatch.setattr(merged_lora, "free_memory", lambda: 4 * size - 4)
     assert MergedLora(model).nbytes == 0
+
+
+def test_a_prompts_products_are_the_quickest_here(monkeypatch):
+    model, taken, linear = adapted(), set(), products.linear
+    monkeypatch.setattr(products, "quicker", lambda dtype: True)
+    monkeypatch.setattr(
+        products, "linear", lambda x, weight, bias=None: (taken.add(weight), linear(x, weight, bias))[1]
+    )
+    engine = SharedPromptEngine(model, 6)
+    engine.prefill({0: IDS[0].tolist()})
+    assert {m.weight for m in engine._merged.linears} <= taken and linears(model)
+    assert not [m for m in engine._merged.linears if "forward" in vars(m)]
 
 
 @torch.no_grad()
