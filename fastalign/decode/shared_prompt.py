@@ -215,17 +215,15 @@ class SharedPromptEngine:
 
     def _run(self, ids: Tensor, positions: Tensor, plan: Any, layers: StepLayers | None = None) -> Tensor:
         """The last hidden states, with attention computed by `plan`."""
-        # Of the layers as they are outside the block.
-        compiled = CompiledLayers.of(self.model) if self.device.type == "cpu" else None
         with contextlib.ExitStack() as block:
+            if layers is None or not layers.whole:
+                block.enter_context(planned(self.model))
+                if self.device.type == "cpu":
+                    block.enter_context(CompiledLayers.of(self.model))  # of its layers before any are merged
+                    block.enter_context(SpedUp(self._merged.linears))
             block.enter_context(self._merged)
             if layers is not None:
                 block.enter_context(layers)
-            if layers is None or not layers.whole:
-                block.enter_context(planned(self.model))
-                if compiled is not None:
-                    block.enter_context(compiled)
-                    block.enter_context(SpedUp(self._merged.linears))
             output = self.model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),

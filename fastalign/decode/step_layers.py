@@ -19,7 +19,7 @@ from fastalign._base.devices import free_memory
 from fastalign._base.whole_sums import whole_sums
 from fastalign.decode.plan import planned
 from fastalign.models.compiled_layers import agree, eps_of, gated, normed, rotated
-from fastalign.models.linear_layers import PackedLayers, is_plain
+from fastalign.models.linear_layers import PackedLayers, is_changed, is_plain, room
 from fastalign.ops import layer_passes, products
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class StepLayers:
             taken = {m: attention for m in model.modules() if (attention := _attention_of(m)) is not None}
         inside = {m for layer in taken for m in layer.modules()}
         linears = [m for m in model.modules() if is_plain(m) and m.weight is not head]
-        room = free_memory() // 4 if spare is None else min(spare, free_memory() // 4)
-        if sum(m.weight.nbytes for m in linears) + head.nbytes > room or backend.choose(head.device) == "triton":
+        size = sum(m.weight.nbytes for m in linears) + head.nbytes
+        if size > room(free_memory(), spare) or backend.choose(head.device) == "triton":
             rows = 1  # nothing is packed
         self.head = products.pack(head, rows)
         self._layers = [(layer, _form(layer, attention, rows)) for layer, attention in taken.items()]
@@ -179,7 +179,7 @@ def _attention_of(layer: nn.Module) -> _Attention | None:
     if (
         parameters.keys() not in known
         or not all(is_plain(parts[name]) for name in _LINEARS)
-        or any(_watched(part) or "forward" in vars(part) for part in parts.values())
+        or any(map(is_changed, parts.values()))
         or not _runs(*layer.parameters())
         or len({(p.dtype, p.device) for p in layer.parameters()}) > 1
         # What is multiplied by 0 is not seen in a trial.
@@ -202,10 +202,6 @@ def _runs(*parameters: Tensor) -> bool:
 
 def _backend_of(layer: Any) -> str:
     return backend.choose(next(layer.parameters()).device)
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Recorded:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastalign._base.errors import UserError
 from fastalign.ops import products
+from fastalign.ops.head import Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ class Head(NamedTuple):
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
-    adapter: tuple[Tensor, Tensor, float] | None
+    adapter: Adapter | None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `ops.linear_token_logprobs`."""
@@ -80,7 +81,7 @@ def _scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
-def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+def _lora(layer: Any) -> Adapter | None:
     """The single plain LoRA on the head, or None. Raises UserError for any other adapter, whose contribution to the
     logits is not a product of two matrices."""
     active = list(getattr(layer, "active_adapters", ()))
@@ -93,10 +94,19 @@ def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
         if name in getattr(layer, "lora_embedding_A", {}) or not hasattr(layer, "lora_A"):
             raise UserError(f"an adapter on the head must be a LoRA, got {type(layer).__name__} {name!r}")
         return None  # this adapter is not on the head
+    try:
+        return lora_of(layer, name)
+    except UserError as error:
+        raise UserError(f"an adapter on the head {error}") from None
+
+
+def lora_of(layer: Any, name: str) -> Adapter:
+    """(A (r, H), B (V, r), scale) of peft's LoRA of that name on a layer. Raises UserError, whose text begins with
+    "must", unless it adds just x Aᵀ Bᵀ · scale to the layer's product."""
     if getattr(layer, "lora_variant", {}).get(name) is not None or getattr(layer, "use_dora", {}).get(name):
-        raise UserError(f"an adapter on the head must be a plain LoRA, {name!r} is one of its variants")
+        raise UserError(f"must be a plain LoRA, {name!r} is one of its variants")
     if layer.lora_B[name].bias is not None:
-        raise UserError(f"an adapter on the head must be a LoRA without a bias, {name!r} has one")
+        raise UserError(f"must be a LoRA without a bias, {name!r} has one")
     if layer.training and getattr(layer.lora_dropout[name], "p", 0) > 0:
-        raise UserError(f"an adapter on the head must have no dropout while it trains, {name!r} has")
+        raise UserError(f"must have no dropout while it trains, {name!r} has")
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])

@@ -24,6 +24,16 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and "forward" not in vars(module)
 
 
+def is_changed(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of its own, stand beside its class's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def room(free: int, spare: int | None) -> int:
+    """Bytes that a copy of weights may take, of `free` ones: a quarter, `spare` at most."""
+    return free // 4 if spare is None else min(spare, free // 4)
+
+
 def replaces(module: nn.Module) -> bool:
     """Whether the module's forward is this one."""
     return getattr(vars(module).get("forward"), "__func__", None) is forward

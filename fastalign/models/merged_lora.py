@@ -6,22 +6,21 @@ torch's own. Weights merged for a while cost one product of rank r each, and the
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastalign._base.devices import free_memory
-from fastalign.models.linear_layers import is_plain
+from fastalign._base.errors import UserError
+from fastalign.models.head import lora_of
+from fastalign.models.linear_layers import is_changed, is_plain, room
+from fastalign.ops.head import Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-Pair = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r), scale
 
 
 class MergedLora:
@@ -42,7 +41,7 @@ class MergedLora:
         found = list(_found(model))
         weights = [layer.base_layer.weight for _, _, layer, pairs in found if pairs]
         self.nbytes = sum(weight.nbytes for weight in weights)
-        if weights and self.nbytes > min(math.inf if spare is None else spare, _free(weights[0].device) // 4):
+        if weights and self.nbytes > room(_free(weights[0].device), spare):
             self.nbytes = 0
             return
         for children, name, layer, pairs in found:
@@ -59,7 +58,7 @@ class MergedLora:
             children[name] = layer
 
 
-def _found(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], str, Any, list[Pair]]]:
+def _found(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], str, Any, list[Adapter]]]:
     """(its parent's modules, its name among them, the layer, its active adapters) of each that may be merged, other
     than the head."""
     lora = sys.modules.get("peft.tuners.lora.layer")
@@ -72,26 +71,20 @@ def _found(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], str, Any, l
                 yield parent._modules, name, layer, pairs
 
 
-def _pairs(layer: Any) -> list[Pair] | None:
+def _pairs(layer: Any) -> list[Adapter] | None:
     """What is added to the base layer's product; None where more than that happens."""
     base = layer.base_layer
-    if not is_plain(base) or not _is_whole(base) or any(map(_watched, layer.modules())):
+    if not is_plain(base) or not _is_whole(base) or any(map(is_changed, layer.modules())):
         return None
     if layer.merged or layer.disable_adapters:
         return None if layer.merged and layer.disable_adapters else []  # peft's forward then takes them out
-    pairs = []
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if layer.lora_variant.get(name) is not None or b.bias is not None:
-            return None
-        if not all(is_plain(x) and _is_whole(x) for x in (a, b)):
-            return None
-        if layer.training and not isinstance(dropout, nn.Identity):
-            return None
-        pairs.append((a.weight, b.weight, float(layer.scaling[name])))
-    return pairs
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not all(is_plain(x) and _is_whole(x) for name in names for x in (layer.lora_A[name], layer.lora_B[name])):
+        return None
+    try:
+        return [lora_of(layer, name) for name in names]
+    except UserError:
+        return None
 
 
 def _is_whole(linear: nn.Linear) -> bool:
@@ -104,12 +97,8 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
-def _watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 @torch.no_grad()
-def _merged(base: nn.Linear, pairs: list[Pair]) -> nn.Linear:
+def _merged(base: nn.Linear, pairs: list[Adapter]) -> nn.Linear:
     if not pairs:
         return base
     wide = torch.promote_types(base.weight.dtype, torch.float32)
