@@ -70,7 +70,9 @@ def compressed(path, suffix):
     return result
 
 
-@pytest.mark.parametrize("content", [b"{}", gzip.compress(b'{"prompt": "a"}' * 999)[:-20], b""])
+@pytest.mark.parametrize(  # named: gzip writes the time, and test workers must agree on a test's name
+    "content", [b"{}", gzip.compress(b'{"prompt": "a"}' * 999)[:-20], b""], ids=["text", "cut off", "empty"]
+)
 def test_what_is_no_whole_gzip_file_is_one_line(tmp_path, content):
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(content)
