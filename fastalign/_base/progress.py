@@ -16,6 +16,7 @@ NEWS = 10.0  # in place of EVERY, if a step has extra text
 TICK = 0.5
 
 _open: list[Work] = []  # without a terminal; the outermost first
+_doing: list[str] = []
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
@@ -42,7 +43,8 @@ class Work:
     def line(self, now: float) -> str:
         gone = now - self.began
         if self.total is None:
-            return f"{self.description}: at work for {_clock(gone)}"
+            what = f"{_doing[-1]}, " if _doing else ""
+            return f"{self.description}: {what}at work for {_clock(gone)}"
         rate = (self.done - self._first) / max(gone, 1e-9)
         parts = [f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}".rstrip()]
         if rate > 0:
@@ -94,6 +96,16 @@ def at_work(description: str) -> Iterator[None]:
         return
     with _shown(Work(description, None)):
         yield
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Within it, `at_work`'s line says so: for steps whose length nobody knows."""
+    _doing.append(what)
+    try:
+        yield
+    finally:
+        _doing.remove(what)
 
 
 def _advance(work: Work, count: int, said: str | None) -> None:

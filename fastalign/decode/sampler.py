@@ -17,6 +17,7 @@ import torch
 
 from fastalign import backend as backends
 from fastalign._base.errors import UserError
+from fastalign._base.progress import doing
 from fastalign._base.units import parse_bytes
 from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.data.text import Text, embedding_rows
@@ -146,7 +147,7 @@ class Sampler(BaseSampler):
 
         Raises UserError if its tokens cannot be drawn one by one.
         """
-        with self._backend(), one_truth():
+        with doing(f"trying how {self.name} can be run"), self._backend(), one_truth():
             verdict = is_causal(self.model)
             if not verdict.ok:
                 raise UserError(f"{self.name} cannot be sampled token by token: {verdict.why}")

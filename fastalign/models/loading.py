@@ -15,6 +15,7 @@ import torch
 from fastalign._base.devices import DTYPES, check_loading
 from fastalign._base.errors import UserError
 from fastalign._base.hub import check_reachable
+from fastalign._base.progress import doing
 from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
 from fastalign.models import gguf
 
@@ -47,7 +48,7 @@ def load_causal_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = "" if os.path.isdir(folder) else "no such local folder, and not available from the hub: "
-    with quiet_unless_terminal(), one_line_errors(name_or_path, where):
+    with doing(f"loading {name_or_path}"), quiet_unless_terminal(), one_line_errors(name_or_path, where):
         _check_kind(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures, name_or_path)
         tokenizer = _tokenizer(folder)
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign._base.errors import UserError
+from fastalign._base.progress import doing
 
 _ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"  # where the prompt ends, in Llama 3's template
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (B, T, H), ids (B, T), last (B,) -> (B, outputs)
@@ -113,7 +114,7 @@ def open_model(model: str, head: str, tokenizer: Any) -> Any:
 
     folder = resolve(model)
     kind = "ArmoRM's or QRM's" if head == "gated" else "GRM's"
-    with quiet_unless_terminal(), one_line_errors(model):
+    with doing(f"loading {model}"), quiet_unless_terminal(), one_line_errors(model):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         body = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, trust_remote_code=False)
         tensors = _tensors(folder, ("regression_layer.", "reward_transform_matrix", "gating.", "v_head."))

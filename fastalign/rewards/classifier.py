@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.progress import doing
 from fastalign.data.text import Text, embedding_rows
 from fastalign.rewards.base import CachedReward
 from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
@@ -269,7 +270,7 @@ def open_classifier(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     folder = resolve(model)
     if tokenizer is None:
         tokenizer = open_tokenizer(model)
-    with quiet_unless_terminal(), one_line_errors(model):
+    with doing(f"loading {model}"), quiet_unless_terminal(), one_line_errors(model):
         options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in loaded.named_parameters()})

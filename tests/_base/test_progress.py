@@ -70,6 +70,14 @@ def test_a_step_that_takes_long_is_reported_too_and_a_command_that_counts_nothin
         assert capsys.readouterr().err == "map: at work for 1:20\n"
 
 
+def test_a_command_that_counts_nothing_says_what_it_does(clock, capsys):
+    with progress.at_work("sample"):
+        with progress.doing("loading a model"):
+            clock.sleep(30)
+        clock.sleep(30)
+    assert capsys.readouterr().err == "sample: loading a model, at work for 0:30\nsample: at work for 1:00\n"
+
+
 def test_what_a_step_says_comes_at_once_then_now_and_again_and_at_the_end(clock, capsys):
     with progress.bar("dpo", total=40, unit="steps", done=30) as advance:
         for step in range(31, 41):
