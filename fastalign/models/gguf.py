@@ -72,7 +72,8 @@ def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_unless_terminal(), one_line_errors(path):
-        source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        options = {"gguf_file": path.name, "dtype": torch.float32, "use_kernels": False}
+        source = AutoModelForCausalLM.from_pretrained(path.parent, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         # save_pretrained refuses a model marked as quantised: move the weights into a plain one of its class
         config = copy.deepcopy(source.config)

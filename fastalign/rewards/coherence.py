@@ -42,11 +42,12 @@ class Coherence(CachedReward):
         from transformers import AutoModel, AutoTokenizer
 
         from fastalign._base.quiet import quiet_unless_terminal
+        from fastalign.models.loading import ONLY_WEIGHTS
 
         folder = package.get_model_path()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with quiet_unless_terminal():
-            model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+            model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **ONLY_WEIGHTS)
         return model.to(self._device()).eval(), tokenizer
 
     def _device(self) -> str:
@@ -102,12 +103,12 @@ class PooledCoherence(Coherence):
         from transformers import AutoModel
 
         from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
-        from fastalign.models.loading import resolve
+        from fastalign.models.loading import ONLY_WEIGHTS, resolve
         from fastalign.rewards.classifier import open_tokenizer
 
         tokenizer = open_tokenizer(self.model)
         with quiet_unless_terminal(), one_line_errors(self.model):
-            options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+            options = {**ONLY_WEIGHTS, "output_loading_info": True}
             model, info = AutoModel.from_pretrained(resolve(self.model), **options)
         if info["missing_keys"] or getattr(model, "pooler", None) is None:
             raise UserError(f"{self.model}: must be an encoder with a pooler")

@@ -22,9 +22,10 @@ def load_options(args: Any) -> dict[str, Any]:
 
 
 def load(name: str | os.PathLike[str], tokenizer: Any, args: Any, quantization_config: Any = None) -> tuple[Any, Any]:
-    """The named model, in float32 unless model_init_kwargs says otherwise, and its tokenizer."""
+    """The named model, in float32 and without the hub's kernels unless model_init_kwargs says otherwise, and its
+    tokenizer."""
     check_language_model(name)
-    options = {"dtype": torch.float32, **load_options(args)}
+    options = {"dtype": torch.float32, "use_kernels": False, **load_options(args)}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     folder = resolve(name)

@@ -335,6 +335,7 @@ def _load(
     if "torch_dtype" in options:
         options["dtype"] = options.pop("torch_dtype")
     options.setdefault("dtype", torch.float32)
+    options.setdefault("use_kernels", False)
     own = Path(os.fspath(name)).expanduser()
     adapter = own / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
