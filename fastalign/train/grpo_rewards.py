@@ -166,7 +166,8 @@ def _load(name: str, options: dict[str, Any]) -> Any:
 
     folder = resolve(name)
     with quiet_unless_terminal(), one_line_errors(name):
-        return AutoModelForSequenceClassification.from_pretrained(folder, **{"num_labels": 1, "use_kernels": False, **options})
+        options = {"num_labels": 1, "use_kernels": False, **options}
+        return AutoModelForSequenceClassification.from_pretrained(folder, **options)
 
 
 class _Classifier:

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from fastalign import UserError
 from fastalign.losses import group_advantages
 from fastalign.train import GRPOConfig, GRPOTrainer
-from fastalign.train.steered_grpo import SteeredGRPOTrainer
+from fastalign.train.grpo_rollout import Batch, Rollout
+from fastalign.train.replay import Replay
+from fastalign.train.steered_grpo import SteeredGRPOTrainer, telling
 from fastalign.train.steering import Baselines, Rule, Steering
 
 PROMPTS = ["the cat sat", "a dog ran", "who is big", "tell me"]
@@ -32,7 +34,7 @@ def length(completions, **others):
 
 
 def trainer(folder, out, cls=SteeredGRPOTrainer, **options):
-    more = {name: options.pop(name) for name in ("steering", "baselines") if name in options}
+    more = {name: options.pop(name) for name in ("steering", "baselines", "replay") if name in options}
     common = {"output_dir": str(out), "report_to": [], "logging_steps": 1, "per_device_train_batch_size": 16}
     common |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "max_steps": 4}
     common |= {"learning_rate": 1e-2, "gradient_checkpointing": False, "num_generations": 8, "beta": 1.0}
@@ -115,6 +117,70 @@ def test_it_resumes_with_its_lam(folder, tmp_path):
     for a, b in zip(logs(whole)[2:], logs(second)[2:], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
         assert b["lam/vowels"] == pytest.approx(a["lam/vowels"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def replay(folder):
+    """The base's own candidates, scored."""
+    from fastalign.decode import Sampler
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    candidates = Sampler(base, tiny_tokenizer()).sample(PROMPTS, n=16, max_new_tokens=6, seed=0)
+    rewards = [[[f([text])[0] for f in (vowels, length)] for text in row] for row in candidates.texts]
+    return Replay(candidates, np.array(rewards), PROMPTS, first=2)
+
+
+def test_candidates_have_the_variance_that_training_lowers(folder, tmp_path, replay, monkeypatch):
+    """λ·R less the log-ratio to the base by plain forward passes, centred as REINFORCE leave-one-out does; λ rests."""
+    batches = []
+    original = SteeredGRPOTrainer._replayed
+
+    def looked(self, *args):
+        batches.append((original(self, *args), self.reward_weights.numpy().copy()))
+        return batches[-1][0]
+
+    monkeypatch.setattr(SteeredGRPOTrainer, "_replayed", looked)
+    steer = steering()
+    t = trainer(folder, tmp_path, steering=steer, baselines=BASE, replay=replay)
+    t.train()
+    assert len(batches) == 3 and sum("lam/vowels" in row for row in logs(t)) == 1  # the third of four is its own
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    (first, lam), (second, _), _ = batches
+    assert lam.tolist() == [0.5, -0.01]
+    for one in first.rollouts:
+        ids = torch.tensor([[*one.prompt, *one.completion]])
+        log_p = base(ids).logits[0].log_softmax(-1)
+        wanted = [float(log_p[i - 1, ids[0, i]]) for i in range(len(one.prompt), ids.shape[1])]
+        np.testing.assert_allclose(one.ref, wanted, atol=2e-4)
+        np.testing.assert_allclose(one.old, wanted, atol=2e-4)
+    text = {tuple(ids): i for row in replay._scored.token_ids for i, ids in enumerate(row)}
+    group = first.rollouts[:8]
+    assert all(tuple(one.completion) in text for one in group)
+    tokenizer = tiny_tokenizer()
+    texts = tokenizer.batch_decode([one.completion for one in group], skip_special_tokens=True)
+    own = np.array([lam @ [vowels([text])[0], length([text])[0]] for text in texts])
+    np.testing.assert_allclose([one.advantage for one in group], (own - own.mean()) * 8 / 7, atol=1e-3)
+    moved = [sum(one.old) - sum(one.ref) for one in second.rollouts]
+    assert np.abs(moved).max() > 1e-2
+
+
+def test_it_resumes_amid_the_candidates(folder, tmp_path, replay):
+    given = {"baselines": BASE, "replay": replay}
+    whole = trainer(folder, tmp_path / "a", steering=steering(), **given)
+    whole.train()
+    first = trainer(folder, tmp_path / "b", steering=steering(), save_strategy="steps", save_steps=1, **given)
+    first.train()
+    second = trainer(folder, tmp_path / "b", steering=steering(), **given)
+    second.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-1"))
+    for a, b in zip(logs(whole)[1:], logs(second)[1:], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+
+
+def test_the_telling_half():
+    rows = [Rollout([1], [2] * (i + 1), [1] * (i + 1), advantage=a) for i, a in enumerate([0.1, -3.0, 2.0, -0.2])]
+    kept = telling(Batch(rows, 10))
+    assert kept.rollouts == rows[1:3] and kept.tokens == 5
+    assert telling(Batch(rows[:1], 1)).rollouts == rows[:1]
 
 
 def test_it_ends_when_every_level_holds(folder, tmp_path):

@@ -17,6 +17,7 @@ from fastalign.jobs.grpo import prompt_rows
 from fastalign.jobs.settings import GRPOOptions, GRPOSettings
 from fastalign.rewards import references
 from fastalign.train.ppo_checkpoint import newest
+from fastalign.train.replay import Replay
 from fastalign.train.steering import STATE, Baselines, Rule, Steering, key_of
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def train_grpo(
             make = partial(
                 SteeredGRPOTrainer, loaded, ppo.read_values(rewards), args, rows, processing_class=tokenizer,
                 peft_config=adapters, steering=steering, baselines=baselines(scored, names, rows["prompt"]),
+                replay=Replay(scored, scored.reward_array(names), [key_of(prompt) for prompt in rows["prompt"]]),
             )  # fmt: skip
         shown = {name: f"level/{name}" for name in names} | {"KL": "kl"}
         trainer, speed = trainers.train(run, "grpo", make, shown, settings.show_progress, settings.until)
