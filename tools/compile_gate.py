@@ -235,14 +235,15 @@ def reports(ops: list[str], turns: list[str] | None, device: str) -> tuple[list[
     return result, broken
 
 
-LINE = re.compile(r"- Triton (\S+): [\d,]+ kernels, \d+ faults")
+TOLD = re.compile(r"^- Triton (\S+): [\d,]+ kernels, \d+ faults(?:\n  - .+)*", re.MULTILINE)
 
 
-def page(found: list[Report], faults: int, before: str = "") -> str:
-    """Markdown: a line for each Triton with which the page was made, and one for each kernel, with the newest of them.
-    before: the page as it stands."""
-    summary = f"- Triton {triton.__version__}: {len(found):,} kernels, {faults} faults"
-    lines = {m[1]: m[0] for m in LINE.finditer(before)} | {triton.__version__: summary}
+def page(found: list[Report], faults: list[str], before: str = "") -> str:
+    """Markdown: a line for each Triton with which the page was made, its faults below it, and one for each kernel, with
+    the newest of them. before: the page as it stands."""
+    summary = f"- Triton {triton.__version__}: {len(found):,} kernels, {len(faults)} faults"
+    told = "\n".join([summary, *(f"  - {fault.splitlines()[0]}" for fault in faults)])
+    lines = {m[1]: m[0] for m in TOLD.finditer(before)} | {triton.__version__: told}
     newest, *others = sorted(lines, key=lambda version: [int(x) for x in re.findall(r"\d+", version)[:3]], reverse=True)
     head = [
         "# GPU kernels compiled",
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.table:
         before = options.table.read_text() if options.table.exists() else ""
         with atomic_write(options.table) as path:
-            path.write_text(page(result, len(faults), before))
+            path.write_text(page(result, faults, before))
     print(f"{len(result)} kernels compiled with Triton {triton.__version__}, {len(faults)} faults")
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -61,6 +61,9 @@ for name, shape in (("good", (64, 32, 4, 2)), ("spills", (256, 64, 1, 2)), ("sha
         for kernel in compile_gate.launched(lambda: launch(*shape), device):
             report = compile_gate.inspect("product", name, kernel, device)
             found[f"{{name}} {{device}}"] = (report.faults(), report.tensor_core, report.load_bits)
+before = compile_gate.page([], ["product spills 4 bytes", "walk does not compile: two\\nlines"])
+triton.__version__ = "99.0"
+found["page"] = compile_gate.page([report], [], before)
 print(json.dumps(found))
 """
 
@@ -95,6 +98,14 @@ def test_the_gate_fails_a_kernel_that_spills(gate, device):
 def test_the_gate_fails_a_kernel_that_wants_too_much_shared_memory(gate, device):
     faults, *_ = gate[f"shared {device}"]
     assert any("shared memory" in fault for fault in faults)
+
+
+def test_the_page_names_each_fault_below_its_triton(gate):
+    newest, older, *faults = gate["page"].split("\n\n")[2].splitlines()
+    assert newest == "- Triton 99.0: 1 kernels, 0 faults"
+    assert older == f"- Triton {triton.__version__}: 0 kernels, 2 faults"
+    assert faults == ["  - product spills 4 bytes", "  - walk does not compile: two"]
+    assert "with Triton 99.0." in gate["page"] and "| product | product | shared | gfx950 |" in gate["page"]
 
 
 def test_the_roofline_reads_a_loop_and_what_limits_it(gate):
