@@ -69,10 +69,9 @@ def show(console: Console) -> None:
 
 
 def _rates() -> dict[str, Any]:
-    """GFLOP/s of matrix products by provider, dtype, kind and rows; {} if torch has only its own."""
-    if not products.available():
-        return {}
-    return {str(dtype).removeprefix("torch."): products.rates(dtype) for dtype in products.DTYPES}
+    """GFLOP/s of matrix products by provider, dtype, kind and rows; without dtypes for which torch has only its own."""
+    dtypes = filter(products.available, products.DTYPES)
+    return {str(dtype).removeprefix("torch."): products.rates(dtype) for dtype in dtypes}
 
 
 def _products() -> str:
@@ -82,7 +81,7 @@ def _products() -> str:
         return f"{products.choice(torch.float32)} (FASTALIGN_PRODUCTS)"
     rows = max(products.ROWS)
     parts = []
-    for dtype in products.DTYPES:
+    for dtype in filter(products.available, products.DTYPES):
         rates = products.rates(dtype)[f"linear {rows}"]
         shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
         word = str(dtype).removeprefix("torch.")

@@ -92,6 +92,8 @@ def train_distill(
     model: str,
     rows: Sequence[Mapping[str, Any]] | Callable[[], Sequence[Mapping[str, Any]]],
     out: str | os.PathLike[str],
+    *,
+    warmup_steps: int | None = None,
     **options: Unpack[DistillOptions],
 ) -> dict[str, Any]:
     """Train a model on weighted candidates by `train.DistillTrainer`, into the folder `out`; see `jobs.run`.
@@ -99,6 +101,7 @@ def train_distill(
     Args:
         rows: rows of `train.DistillTrainer`, or a function that reads them (`read_rows`), called once the other
             arguments are checked.
+        warmup_steps: the learning rate is constant after these; None: it falls linearly to 0.
         options: see `DistillSettings`.
 
     Returns:
@@ -110,13 +113,16 @@ def train_distill(
         UserError: one line, before anything is trained.
     """
     settings = DistillSettings(**options)
+    schedule: dict[str, Any] = {}
+    if warmup_steps is not None:
+        schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup_steps}
     adapters = runs.lora(settings.lora_r, "CAUSAL_LM")
     rows = rows() if callable(rows) else rows
     source, sampling = getattr(rows, "source", "rows"), getattr(rows, "sampling", {})
     if not rows:
         raise UserError(f"{source}: must have at least one row, got none")
     weights = [weights_of(row, f"{source}: row {i}") for i, row in enumerate(rows)]
-    record = settings.record(command="distill", model=model, rows=runs.rows_hash(rows))
+    record = settings.record(command="distill", model=model, rows=runs.rows_hash(rows), **schedule)
     run = runs.Run(out, record, resume=settings.resume, overwrite=settings.overwrite, inputs=[model])
     if run.result is not None:
         return run.result
@@ -127,7 +133,7 @@ def train_distill(
         loaded, tokenizer = runs.load_policy(model, settings.dtype, run.out)
         encoded = _with_prompt_ids(rows, source, tokenizer, settings.chat, sampling)
         with runs.one_line():
-            args = DistillConfig(**trainers.arguments(run, settings.save_steps, settings.log_steps))
+            args = DistillConfig(**trainers.arguments(run, settings.save_steps, settings.log_steps), **schedule)
         make = partial(DistillTrainer, loaded, args, encoded, processing_class=tokenizer, peft_config=adapters)
         shown = {"loss": "loss", "ESS": "ess"}
         trainer, speed = trainers.train(run, "distill", make, shown, settings.show_progress, settings.until)

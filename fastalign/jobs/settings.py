@@ -231,7 +231,7 @@ class AlignSettings(Settings):
     watch: rewards that the proof measures too, and nothing is optimised for: one that falls while those asked for rise
         says that these are over-optimised (arXiv 2210.10760).
     candidates: per prompt. budget: fewer candidates, and a shorter training, where it binds.
-    lora_r: 0: all weights; None: 16 for grpo, else 0.
+    lora_r: 0: all weights; None: 16 for distill and grpo, else 0.
     rounds: levels and KL are always measured against the base. allow_infeasible: go on to a palette just inside the
         nearest one that can be reached. resume, overwrite: see `align.folder.Folder`.
     """
@@ -247,7 +247,7 @@ class AlignSettings(Settings):
     budget: Annotated[str | None, "Limit of time or tokens for the whole job: 20m, 90s, 1h or 200000t."] = None
     learning_rate: Annotated[float | None, "Learning rate of the optimiser; default: that of the method."] = None
     lora_r: Annotated[
-        int | None, "Train LoRA adapters of this rank, merged at the end; 0: all weights. Default: 16 for grpo, else 0."
+        int | None, "Rank of LoRA adapters, merged at the end; 0: all weights. Default: 16 for distill and grpo, else 0."
     ] = None
     rounds: Annotated[int, "Rounds of training; each starts from the model and candidates of the one before."] = 1
     dtype: str = "auto"

@@ -161,17 +161,20 @@ def choice(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def available() -> bool:
-    """Whether torch has oneDNN's product on this machine."""
+@torch.no_grad()
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether oneDNN's products in this dtype run here: many processors with AVX2 alone have none in bfloat16."""
     try:
-        x = torch.ones(2, 2)
-        return bool(torch.backends.mkldnn.is_available() and (_onednn(x, x) == 2).all())
+        x = torch.ones(16, 16, dtype=dtype)
+        tried = (_onednn(x, weight) for weight in (x, x.t(), _reorder(x, 16)))
+        return bool(torch.backends.mkldnn.is_available() and all((y == 16).all() for y in tried))
     except (AttributeError, RuntimeError):
         return False
 
 
 def rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """GFLOP/s of each provider, by kind and number of rows ("linear 256"); measured if not known yet."""
+    """GFLOP/s of each provider, by kind and number of rows ("linear 256"); measured if not known yet. For a dtype that
+    is `available`."""
     every = (name.split() for name in _CLASSES)
     return {f"{kind} {rows}": _rates(kind, int(rows), dtype, torch.get_num_threads()) for kind, rows in every}
 
@@ -192,7 +195,7 @@ def _measured_rows(rows: int) -> int:
 
 def _made(name: str, dtype: torch.dtype) -> bool:
     """Whether oneDNN computes products of this class, such as "linear 256"."""
-    if name not in _CLASSES or dtype not in DTYPES or not available():
+    if name not in _CLASSES or dtype not in DTYPES or not available(dtype):
         return False
     if (classes := forced()) is not None:
         return name in classes

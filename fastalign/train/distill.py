@@ -4,6 +4,10 @@ Candidates y_j drawn from p0 with the weights w_j ∝ exp(λᵀR(x, y_j)) of the
 samples of p_λ(y|x) ∝ p0(y|x) exp(λᵀR(x, y)) (MAP, arXiv 2410.19198). The loss, the mean over prompts of
 -Σ_j w_j log π(y_j|x), estimates the forward KL(p_λ‖π) up to a constant, so its minimum is p_λ as N grows. A prompt is
 run once for its candidates, forward and backward, and only completion tokens reach the fused head.
+
+With the candidates' log-probabilities under p0, the loss is half the variance, over a prompt's candidates, of
+log w_j - log π(y_j|x)/p0(y_j|x) (arXiv 2010.10436). It is 0 where π is p_λ, however few the candidates are and however
+they were chosen, so that a few telling ones do, and it also learns from those of small weight.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from accelerate.utils import gather_object, set_seed
@@ -29,13 +34,14 @@ from fastalign.train.distill_config import DistillConfig, check_args
 from fastalign.train.distill_data import COLUMNS, Encoder, Row
 from fastalign.train.in_parts import TrainsInParts
 from fastalign.train.parts import row_batch
+from fastalign.train.passes import unchanged
 from fastalign.train.trained_model import check_tokenizer, load, load_tokenizer, with_adapters
 
 __all__ = ["DistillConfig", "DistillTrainer"]
 
 
 class Candidate(NamedTuple):
-    """One completion, with its weight among those of its prompt."""
+    """One completion. weight: minus the slope of its prompt's loss in its log-probability."""
 
     prompt: list[int]
     completion: list[int]
@@ -55,7 +61,9 @@ class DistillTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         prompt (text as it is, or messages for the chat template), or prompt_ids, its token ids;
         completions, texts, which get the end token as in TRL's DPO, or completion_ids, token ids as drawn, to which
             nothing is appended;
-        weights, at least 0, normalised over a prompt's candidates. Without them, all are equal.
+        weights, at least 0, normalised over a prompt's candidates. Without them, all are equal;
+        optionally ref_logprobs, each candidate's log-probability under the model that drew it: then the loss compares
+            a prompt's candidates, two at least, whose weights must be above 0.
 
     Logs the loss; "ess", the mean over prompts of the effective sample size 1 / Σ w²; "completions/mean_length" of the
     candidates trained on; "num_tokens" and "tokens_per_second", in which a prompt counts once.
@@ -122,9 +130,10 @@ class DistillTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
 
     def _train_on(self, model: Any, window: list[list[Row]]) -> Tensor:
         rows = [row for batch in window for row in batch]
-        prompts = self._log_rows(rows)
         # Gradients, and the loss, become means over the processes.
-        return self._backward(model, [_candidates(rows)], [self.accelerator.num_processes / prompts])
+        scale = self.accelerator.num_processes / self._log_rows(rows)
+        candidates, beyond = self._candidates(rows)
+        return self._backward(model, [candidates], [scale]) + scale * beyond
 
     def _loss(self, model: Any, part: Sequence[Candidate], scale: float) -> Tensor:
         batch = row_batch(part, self.accelerator.device, pack=self._packs)
@@ -137,7 +146,41 @@ class DistillTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         self, model: Any, inputs: list[Row], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """The loss of a batch of evaluation prompts."""
-        return self._evaluated(model, [_candidates(inputs)], [1 / len(inputs)]), None, None
+        candidates, beyond = self._candidates(inputs)
+        return self._evaluated(model, [candidates], [1 / len(inputs)]) + beyond / len(inputs), None, None
+
+    def _candidates(self, rows: list[Row]) -> tuple[list[Candidate], float]:
+        """The rows' candidates, and by how much the rows' losses exceed the sum of -weight * log_prob.
+
+        The slopes of rows with `refs` need all of their log-probabilities, before any gradient.
+        """
+        result = [
+            Candidate(row.prompt, ids, weight)
+            for row in rows
+            for ids, weight in zip(row.completions, row.weights, strict=True)
+        ]
+        if not any(gather_object([row.refs is not None for row in rows])):  # a sharded model runs on all processes
+            return result, 0.0
+        log_probs = self._log_probs(result)
+        beyond, first = 0.0, 0
+        for row in rows:
+            last = first + len(row.weights)
+            if row.refs is not None:
+                weights, loss = variance(row.weights, log_probs[first:last] - np.array(row.refs))
+                for j, weight in enumerate(weights.tolist(), first):
+                    result[j] = result[j]._replace(weight=weight)
+                beyond += loss + float(weights @ log_probs[first:last])
+            first = last
+        return result, beyond
+
+    def _log_probs(self, candidates: list[Candidate]) -> np.ndarray:
+        """(len(candidates),) float64, under the model as it is."""
+        made = []
+        with unchanged(self, self.model):
+            for part in self._parts([candidates])[0]:
+                batch = row_batch(part, self.accelerator.device, pack=self._packs)
+                made.append(self.model(rows=batch)["log_probs"].double().sum(1))
+        return torch.cat(made).cpu().numpy()
 
     def _log_rows(self, rows: list[Row]) -> int:
         """Adds the figures of a step's rows on all processes to the logs; returns the number of their prompts."""
@@ -162,9 +205,8 @@ class DistillTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
 
-def _candidates(rows: list[Row]) -> list[Candidate]:
-    return [
-        Candidate(row.prompt, ids, weight)
-        for row in rows
-        for ids, weight in zip(row.completions, row.weights, strict=True)
-    ]
+def variance(weights: Sequence[float], log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
+    """((N,), loss): half the variance of log w - log π/p0 over a prompt's candidates, and minus its slopes in log π."""
+    lack = np.log(weights) - log_ratios
+    lack -= lack.mean()
+    return lack / len(lack), float(lack @ lack) / (2 * len(lack))

@@ -13,20 +13,23 @@ from fastalign._base.numbers import number
 from fastalign.data.conversations import check_messages
 from fastalign.train.encoding import continued, encode
 
-COLUMNS = ("prompt", "prompt_ids", "completions", "completion_ids", "weights")
+COLUMNS = ("prompt", "prompt_ids", "completions", "completion_ids", "weights", "ref_logprobs")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its candidates, as token ids. Candidates of weight 0 are left out, and equal ones are one.
+    """A prompt and its candidates, as token ids.
 
-    weights: they sum to 1. ess: the effective sample size 1 / Σ w² of the candidates as given.
+    Without refs, candidates of weight 0 are left out, and equal ones are one.
+    weights: they sum to 1. ess: the effective sample size 1 / Σ w² of the candidates as given. refs: the candidates'
+    log-probabilities under the model that drew them.
     """
 
     prompt: list[int]
     completions: list[list[int]]
     weights: list[float]
     ess: float
+    refs: list[float] | None = None
 
 
 def weights_of(row: Mapping[str, Any], where: str) -> np.ndarray:
@@ -71,6 +74,22 @@ def weights_of(row: Mapping[str, Any], where: str) -> np.ndarray:
     return checked / checked.sum()
 
 
+def refs_of(row: Mapping[str, Any], weights: np.ndarray, where: str) -> list[float] | None:
+    """The column ref_logprobs of a row whose `weights_of` are these. Raises UserError."""
+    if (given := row.get("ref_logprobs")) is None:
+        return None
+    count = len(weights)
+    if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != count:
+        came = len(given) if hasattr(given, "__len__") else repr(given)
+        raise UserError(f"{where}: ref_logprobs must be one per candidate, {count}, got {came}")
+    if count < 2:
+        raise UserError(f"{where}: ref_logprobs need at least two candidates to compare, got {count}")
+    if not weights.all():
+        j = int(np.argmin(weights))
+        raise UserError(f"{where}: weights[{j}] must be above 0 beside ref_logprobs, got {row['weights'][j]}")
+    return [number(f"{where}: ref_logprobs[{j}]", x) for j, x in enumerate(given)]
+
+
 @dataclass
 class Encoder:
     """Encodes a data set's rows.
@@ -88,12 +107,17 @@ class Encoder:
         """Raises UserError, one line that begins with `where`."""
         weights = weights_of(row, where)
         prompt, completions = self._ids(row, where)
+        ess, refs = float(1 / (weights**2).sum()), refs_of(row, weights, where)
+        if refs is not None:
+            for ids in completions:
+                self._check(prompt, ids, where)
+            return Row(prompt, completions, weights.tolist(), ess, refs)
         merged: dict[tuple[int, ...], float] = {}
         for ids, weight in zip(completions, weights.tolist(), strict=True):
             self._check(prompt, ids, where)
             if weight:
                 merged[tuple(ids)] = merged.get(tuple(ids), 0.0) + weight
-        return Row(prompt, list(map(list, merged)), list(merged.values()), float(1 / (weights**2).sum()))
+        return Row(prompt, list(map(list, merged)), list(merged.values()), ess)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         return [self(row) for row in rows]

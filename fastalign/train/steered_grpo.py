@@ -14,7 +14,7 @@ from fastalign._base.files import read_json, write_json
 from fastalign.train.grpo import GRPOTrainer
 from fastalign.train.grpo_rollout import Batch, Rollout
 from fastalign.train.replay import Replay
-from fastalign.train.steering import STATE, Baselines, Steering, key_of, within
+from fastalign.train.steering import STATE, Baselines, Steering, covariance, key_of
 
 TRAINED = 0.5  # of the policy's own completions: those of the largest advantages (arXiv 2504.13818)
 
@@ -74,8 +74,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     def _steer(self, prompts: list[Any], rewards: np.ndarray) -> None:
         levels = self.baselines.levels([key_of(prompt) for prompt in prompts], rewards)
-        apart, degrees = within(rewards), rewards.shape[0] * (rewards.shape[1] - 1)
-        lam = self.steering.update(levels, apart.T @ apart / max(degrees, 1))
+        lam = self.steering.update(levels, covariance(rewards))
         self.reward_weights.copy_(torch.from_numpy(lam))
         for j, name in enumerate(self.rewards.names):
             self._logs.metrics["train"][f"lam/{name}"].append(float(lam[j]))

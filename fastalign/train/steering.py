@@ -74,6 +74,11 @@ class Steering:
         self._covariance = np.zeros((len(self.lam), len(self.lam)))
         self._recent: list[list[float]] = []  # levels of the last `hold` batches
 
+    @classmethod
+    def of(cls, solution: Mapping[str, Any], rule: Rule = DEFAULT) -> Steering:
+        """Of a palette's solution, as `jobs.align.steps.solve_palette` gives it, from its λ."""
+        return cls(solution["solved_for"], solution["sense"], solution["lambda"], free=solution["free"], rule=rule)
+
     @property
     def levels(self) -> np.ndarray:
         """(m,) the averaged levels; NaN before the first batch."""
@@ -134,10 +139,10 @@ class Steering:
         self._recent = [list(row) for row in state["recent"]]
 
 
-def within(rewards: np.ndarray) -> np.ndarray:
-    """(B · G, m): the distances from the prompt's mean; 0 for NaN."""
-    apart = rewards - np.nanmean(rewards, axis=1, keepdims=True)
-    return np.nan_to_num(apart.reshape(-1, apart.shape[-1]))
+def covariance(rewards: np.ndarray) -> np.ndarray:
+    """(m, m), within the prompts of rewards (B, G, m); NaN counts as the prompt's mean."""
+    apart = np.nan_to_num(rewards - np.nanmean(rewards, axis=1, keepdims=True)).reshape(-1, rewards.shape[-1])
+    return apart.T @ apart / max(rewards.shape[0] * (rewards.shape[1] - 1), 1)
 
 
 def key_of(prompt: Any) -> str:

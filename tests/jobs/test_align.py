@@ -21,6 +21,7 @@ from fastalign.jobs.align.budget import Budget
 from fastalign.jobs.align.split import split
 from fastalign.palette import parse_palette, solve
 from fastalign.report import proof
+from fastalign.train.steering import Steering, covariance
 
 VALUES = "diversity,readability"
 
@@ -424,11 +425,24 @@ def test_a_trained_model_is_pushed_by_transformers_own_calls(place, tmp_path, mo
     assert pushed == [("model", "me/mine"), ("tokenizer", "me/mine"), ("card", "me/mine")]
 
 
-def test_the_lightest_candidates_are_left_out():
-    least = distilled.without_least
-    assert least([0.5, 0.004, 0.495, 0.001], 0.01) == [0.5, 0.0, 0.495, 0.0]
-    assert least([1.0, 1.0, 1.0]) == [1.0, 1.0, 1.0]
-    assert least([1e-9]) == [1e-9]
+def test_distillation_takes_the_best_and_the_worst_candidates():
+    draw = np.random.default_rng(0)
+    rewards, n = draw.normal(size=(3, 40, 2)).astype(np.float32), distilled.CHOSEN
+    ids = [[[p, j] for j in range(40)] for p in range(3)]
+    scored = Candidates(
+        ["a", "b", "c"], [["x"] * 40] * 3, ids, (-draw.exponential(size=(3, 40, 2))).tolist()
+    ).with_rewards(("u", "v"), rewards.reshape(-1, 2))
+    lam = {"u": 2.0, "v": -1.0}
+    rows = list(distilled.selected(scored, lam, [0, 1]))
+    assert sorted(row["prompt"] for row in rows) == ["a", "b", "c"]
+    assert rows == list(distilled.selected(scored, lam, [0, 1])) != list(distilled.selected(scored, lam, [0, 2]))
+    for row in rows:
+        p, chosen = row["completion_ids"][0][0], [j for _, j in row["completion_ids"]]
+        scores = rewards[p] @ [2.0, -1.0]
+        ranks = np.argsort(np.argsort(scores))[chosen]
+        assert len(set(chosen)) == n and (ranks[: n // 2] < 20).all() and (ranks[n // 2 :] >= 20).all()
+        np.testing.assert_allclose(np.diff(np.log(row["weights"])), np.diff(scores[chosen]), rtol=1e-6)
+        np.testing.assert_allclose(row["ref_logprobs"], [sum(scored.logprobs[p][j]) for j in chosen])
 
 
 @pytest.mark.parametrize("palette", ["a>=base+0.5sd, b>=base", "a>=base+0.4sd, b<=base-0.2sd", "a==base+0.3sd"])
@@ -439,24 +453,17 @@ def test_distillation_asks_for_more_by_what_the_model_lacks(palette):
     target, sense = parse_palette(palette, ["a", "b"], flat, rest="free")
     found = solve(flat, target, groups=groups, sense=sense)
     free = [not np.isfinite(level) or level == flat.min(0)[j] for j, level in enumerate(target)]
-    aim = distilled.Aim(grid, {"sense": sense, "free": free, "solved_for": found.levels.tolist(),
-                               "lambda": found.lam.tolist()})  # fmt: skip
+    solution = {"sense": sense, "free": free, "solved_for": found.levels.tolist(), "lambda": found.lam.tolist()}
+    steering = Steering.of(solution, distilled.RULE)
     for _ in range(12):
-        reached = flat.mean(0) + 0.6 * (estimate(grid, aim.lam, warn=False).values[0] - flat.mean(0))
-        assert aim.lam[0] > 0
-        if aim.holds(reached):
+        reached = flat.mean(0) + 0.6 * (estimate(grid, steering.lam, warn=False).values[0] - flat.mean(0))
+        steering.update(reached, covariance(grid))
+        assert steering.lam[0] > 0
+        if distilled.holds(steering):
             break
-        aim.further(reached)
     lacks = (target - reached) * np.array([{">=": 1, "<=": -1, "==": 1}[each] for each in sense])
     assert (np.where(free, 0, lacks) < 0.01 * flat.std(0)).all()
-    assert estimate(grid, aim.lam, warn=False).values[0][0] > target[0] + 0.1
-
-
-def test_a_level_out_of_the_candidates_reach_is_asked_as_far_as_they_go():
-    grid = np.random.default_rng(0).normal(size=(10, 8, 1))
-    aim = distilled.Aim(grid, {"sense": [">="], "free": [False], "solved_for": [0.5], "lambda": [1.0]})
-    aim.further(np.array([-5.0]))
-    assert np.isfinite(aim.lam).all() and aim.lam[0] > 1
+    assert estimate(grid, steering.lam, warn=False).values[0][0] > target[0] + 0.1
 
 
 def test_passes_of_distillation_go_on_after_the_last_measured_one(place, tmp_path, monkeypatch):
@@ -466,15 +473,14 @@ def test_passes_of_distillation_go_on_after_the_last_measured_one(place, tmp_pat
     passes = json.loads((whole / "job.json").read_text())["decided"]["train: distilled"]["passes"]
     assert passes > 1 and not list(whole.glob("train/distilled-[0-9]"))[1:]
     command[command.index(whole)] = out
-    further = distilled.Aim.further
 
-    def stops(self, levels):
+    def stops(rewards):
         os.kill(os.getpid(), signal.SIGINT)
-        further(self, levels)
+        return covariance(rewards)
 
-    monkeypatch.setattr(distilled.Aim, "further", stops)
+    monkeypatch.setattr(distilled, "covariance", stops)
     assert fastalign(*command)[0] == 130
-    monkeypatch.setattr(distilled.Aim, "further", further)
+    monkeypatch.setattr(distilled, "covariance", covariance)
     assert fastalign(*command)[0] == 0
     ours, wanted = (json.loads((folder / "align.json").read_text()) for folder in (out, whole))
     assert ours.pop("cost") and wanted.pop("cost") and ours == wanted

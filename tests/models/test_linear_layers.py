@@ -67,7 +67,7 @@ def test_other_dtypes(called, dtype):
     expected = model(IDS).logits
     with speed_up(model) as handle:
         torch.testing.assert_close(model(IDS).logits, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
-    assert bool(handle.count) == bool(called) == (dtype == torch.bfloat16)
+    assert bool(handle.count) == bool(called) == (dtype in products.DTYPES and products.available(dtype))
 
 
 def test_autocast_and_compile_take_torchs_products(called):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.ops import products
 
 ABSENT = pytest.mark.skipif(not products.available(), reason="torch without oneDNN")
+HERE = [dtype for dtype in products.DTYPES if products.available(dtype)]
 PROVIDERS = ["torch", pytest.param("onednn", marks=ABSENT)]
 SHAPES = [(1, 1, 1), (1, 7, 5), (3, 16, 33), (17, 64, 48), (130, 96, 257)]  # rows, width of x, of the result
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -29,6 +32,8 @@ def provider(request, monkeypatch):
 @pytest.fixture
 def called(monkeypatch):
     """What oneDNN was called for."""
+    for dtype in products.DTYPES:
+        products.available(dtype)  # which tries it
     calls, run = [], products._onednn
     monkeypatch.setattr(products, "_onednn", lambda *args: calls.append(args[0].shape) or run(*args))
     return calls
@@ -52,8 +57,7 @@ def test_each_product_is_right(provider, shape, dtype):
     assert_near(products.grad_weight(dy, x), exact[1].T @ exact[0], size[1].T @ size[0])
 
 
-@ABSENT
-@pytest.mark.parametrize("dtype", products.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HERE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_packed_weight(shape, dtype, monkeypatch):
     monkeypatch.setenv("FASTALIGN_PRODUCTS", "onednn")
@@ -120,6 +124,40 @@ def test_small_products_other_dtypes_and_autocast_are_torchs(called, monkeypatch
         assert len(called) == 1
 
 
+def test_a_dtype_that_onednn_lacks_here_is_torchs(monkeypatch):
+    """bfloat16 on many processors with AVX2 alone."""
+    run = products._onednn
+
+    def lacks(x, *args):
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("could not create a primitive descriptor")
+        return run(x, *args)
+
+    products.available.cache_clear()
+    monkeypatch.setattr(products, "_onednn", lacks)
+    monkeypatch.setattr(products, "SMALL", 0)
+    try:
+        for choice in ("onednn", "auto"):
+            monkeypatch.setenv("FASTALIGN_PRODUCTS", choice)
+            x, w = torch.randn(64, 32).bfloat16(), torch.randn(16, 32).bfloat16()
+            assert torch.equal(products.linear(x, w), F.linear(x, w))
+            assert not products.quicker(torch.bfloat16) and products.pack(w, 64) is None
+            assert products.choice(torch.bfloat16) == "torch"
+    finally:
+        products.available.cache_clear()
+
+
+@ABSENT
+def test_info_on_a_processor_with_avx2_alone():
+    told = {}
+    for isa in ("AVX2", "DEFAULT"):
+        env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+        command = [sys.executable, "-m", "fastalign", "info", "--json"]
+        made = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        told[isa] = set(json.loads(made.stdout)["products"])
+    assert told["AVX2"] == {"float32"} <= told["DEFAULT"]
+
+
 def test_a_provider_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("FASTALIGN_PRODUCTS", "mkl")
     with pytest.raises(
@@ -140,7 +178,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path))
     monkeypatch.setenv("FASTALIGN_PRODUCTS", "auto")
     monkeypatch.setattr(products, "_measured", measured)
-    monkeypatch.setattr(products, "available", lambda: True)
+    monkeypatch.setattr(products, "available", lambda dtype: True)
     forget()
     yield made
     forget()

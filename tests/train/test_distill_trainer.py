@@ -46,30 +46,43 @@ def logs(trained):
 
 
 def plain_loss(model, row):
-    """-Σ w log π, each candidate run alone."""
-    weights, loss = np.array(row["weights"]) / sum(row["weights"]), 0.0
-    for ids, weight in zip(row["completion_ids"], weights, strict=True):
+    """-Σ w log π, or half the variance of log w - log π/p0; each candidate run alone."""
+    weights, log_probs = torch.tensor(row["weights"], dtype=torch.float64), []
+    for ids in row["completion_ids"]:
         logits = model(torch.tensor([[*row["prompt_ids"], *ids]])).logits[0, len(row["prompt_ids"]) - 1 : -1]
-        loss = loss - weight * logits.log_softmax(-1)[range(len(ids)), ids].sum()
-    return loss
+        log_probs.append(logits.log_softmax(-1)[range(len(ids)), ids].sum())
+    if row.get("ref_logprobs") is None:
+        return -(weights / weights.sum()) @ torch.stack(log_probs).double()
+    lack = weights.log() - torch.stack(log_probs) + torch.tensor(row["ref_logprobs"], dtype=torch.float64)
+    return lack.var(correction=0) / 2
+
+
+def compared(some=slice(None)):
+    """The rows, with the log-probabilities of another model; two candidates of one are equal."""
+    draw, made = np.random.default_rng(1), rows()
+    for row in made[some]:
+        row["ref_logprobs"] = (-5 * len(row["completion_ids"][0]) - draw.exponential(size=4)).tolist()
+        row["completion_ids"][3] = row["completion_ids"][2]
+    return made
 
 
 @pytest.mark.slow_matrix
 @pytest.mark.parametrize("share", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2", "opt"])
-def test_one_step_equals_a_plain_float64_reference(kind, share, tmp_path):
-    """All six prompts, in three batches and in parts of at most 30 tokens."""
+@pytest.mark.parametrize("given", [rows(), compared(), compared(slice(2, 4))], ids=["weights", "refs", "refs of some"])
+def test_one_step_equals_a_plain_float64_reference(given, kind, share, tmp_path):
+    """All six prompts, in three batches and in parts of at most 30 tokens, less than one prompt's candidates take."""
     model, before = (causal_models.build(kind, torch.float64) for _ in range(2))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     t = trainer(
-        model, tmp_path, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant", max_steps=1,
-        gradient_accumulation_steps=3, share_prompt=share, max_packed_tokens=30,
+        model, tmp_path, given, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant",
+        max_steps=1, gradient_accumulation_steps=3, share_prompt=share, max_packed_tokens=30,
     )  # fmt: skip
     assert t._packs == share
     t.train()
-    loss = sum(plain_loss(before, row) for row in rows()) / 6
+    loss = sum(plain_loss(before, row) for row in given) / 6
     loss.backward()
     (logged,) = logs(t)
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -77,11 +90,11 @@ def test_one_step_equals_a_plain_float64_reference(kind, share, tmp_path):
         if p.grad is not None:
             # Some norms compute in float32.
             assert (p.data - ours.data - p.grad).norm() < 1e-5 * p.grad.norm() + 1e-7, name
-    weights = [np.array(row["weights"]) / sum(row["weights"]) for row in rows()]
+    weights = [np.array(row["weights"]) / sum(row["weights"]) for row in given]
     assert logged["ess"] == pytest.approx(np.mean([1 / (w**2).sum() for w in weights]))
-    lengths = [len(ids) for row in rows() for ids in row["completion_ids"]]
+    lengths = [len(ids) for row in given for ids in row["completion_ids"]]
     assert logged["completions/mean_length"] == pytest.approx(np.mean(lengths))
-    assert logged["num_tokens"] == sum(lengths) + sum(len(row["prompt_ids"]) for row in rows())
+    assert logged["num_tokens"] == sum(lengths) + sum(len(row["prompt_ids"]) for row in given)
 
 
 def test_a_candidate_of_weight_0_and_one_drawn_twice_change_nothing(tmp_path):
@@ -98,8 +111,9 @@ def test_a_candidate_of_weight_0_and_one_drawn_twice_change_nothing(tmp_path):
     assert logs(t)[0]["ess"] == pytest.approx(4)  # of the candidates as given
 
 
-def test_it_converges_to_the_tilted_law(tmp_path):
-    """All sequences of two letters, weighted by p0 exp(λR): π becomes p_λ."""
+@pytest.mark.parametrize("refs", [False, True], ids=["weights", "refs"])
+def test_it_converges_to_the_tilted_law(refs, tmp_path):
+    """All sequences of two letters, weighted by p0 exp(λR), or by exp(λR) beside log p0: π becomes p_λ."""
     config = transformers.LlamaConfig(
         vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -119,12 +133,17 @@ def test_it_converges_to_the_tilted_law(tmp_path):
     wanted = start * np.exp(0.8 * reward)
     wanted /= wanted.sum()
     assert abs(start - wanted).max() > 0.1
-    data = [{"prompt_ids": [3], "completion_ids": [list(ids) for ids in every], "weights": wanted.tolist()}]
-    t = trainer(model, tmp_path, data, learning_rate=3e-2, max_steps=150)
+    row = {"prompt_ids": [3], "completion_ids": [list(ids) for ids in every], "weights": wanted.tolist()}
+    if refs:
+        row |= {"weights": np.exp(0.8 * reward).tolist(), "ref_logprobs": np.log(start).tolist()}
+    t = trainer(model, tmp_path, [row], learning_rate=3e-2, max_steps=150)
     t.train()
-    entropy = -(wanted * np.log(wanted)).sum()  # the loss is the KL to p_λ beyond it
+    entropy = 0.0 if refs else -(wanted * np.log(wanted)).sum()  # the loss is the KL to p_λ beyond it
     assert logs(t)[-1]["loss"] == pytest.approx(entropy, abs=5e-3)
-    assert abs(law() - wanted).max() < 0.01
+    reached = law()
+    if refs:
+        reached /= reached.sum()  # candidates are only compared with each other: the fourth letter is left to the model
+    assert abs(reached - wanted).max() < 0.01
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "messages"])
@@ -172,13 +191,14 @@ def test_mixed_precision_does_not_round_the_weights(tmp_path):
     assert logs(t)[0]["loss"] > 0
 
 
-def test_evaluation_and_adapters(tmp_path):
+@pytest.mark.parametrize("data", [rows(3), compared()[:3]], ids=["weights", "refs"])
+def test_evaluation_and_adapters(data, tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_causal_lm(scale=3.0)
-    expected = sum(plain_loss(model, row) for row in rows(3)).item() / 3
+    expected = sum(plain_loss(model, row) for row in data).item() / 3
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     t = trainer(
-        model, tmp_path, more={"eval_dataset": rows(3), "peft_config": adapters}, per_device_eval_batch_size=2,
+        model, tmp_path, more={"eval_dataset": data, "peft_config": adapters}, per_device_eval_batch_size=2,
         eval_strategy="steps", eval_steps=3,
     )  # fmt: skip
     assert t.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
@@ -210,6 +230,11 @@ GOOD = {"prompt_ids": [5, 6], "completion_ids": [[7], [8, 9]], "weights": [1.0, 
         ({"weights": [0.0, 0.0]}, "weights must not all be 0"),
         ({"weights": [1.0]}, "weights must be one per candidate, 2, got 1"),
         ({"weights": 3}, "weights must be one per candidate, 2, got 3"),
+        ({"ref_logprobs": [-1.0]}, "ref_logprobs must be one per candidate, 2, got 1"),
+        ({"ref_logprobs": -1.0}, "ref_logprobs must be one per candidate, 2, got -1.0"),
+        ({"ref_logprobs": [-1.0, float("-inf")]}, r"ref_logprobs\[1\] must be a finite number, got -inf"),
+        ({"ref_logprobs": [-1.0, -1.0], "weights": [0.0, 1.0]}, r"weights\[0\] must be above 0 beside .*got 0"),
+        ({"ref_logprobs": [-1.0], "completion_ids": [[7]], "weights": None}, "ref_logprobs need at least two .* 1$"),
         ({"completion_ids": []}, r"completion_ids must be a list of at least one candidate, got \[\]"),
         ({"completion_ids": [[7], []]}, r"completion_ids\[1\] must have at least one token, got none"),
         ({"completion_ids": [[7], [0.5]]}, r"completion_ids\[1\] must be a list of token ids, integers"),

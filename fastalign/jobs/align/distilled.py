@@ -1,12 +1,13 @@
-"""Distillation to a palette, steered: after each pass over the candidates the model's own levels are measured, and the
-next pass asks for more by what it fell short of, until every level holds or the budget ends."""
+"""Distillation to a palette, steered: after each pass over the candidates the model's own levels are measured, and λ
+of the next pass asks for more by what they fell short of (`train.steering`), until every level holds or the budget
+ends."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,20 @@ from fastalign._base.files import read_json
 from fastalign.decode.candidates import Candidates
 from fastalign.jobs.align import steps
 from fastalign.jobs.align.budget import Budget
-from fastalign.jobs.distill import read_rows, train_distill
+from fastalign.jobs.distill import DistillRows, train_distill
+from fastalign.train.replay import Replay
+from fastalign.train.steering import Rule, Steering, covariance, key_of
 
 if TYPE_CHECKING:
     from fastalign.jobs.align.job import Job
 
-PASSES = 4  # at most
-PROMPTS = 2  # of a step
-LIGHT = 0.1  # of a prompt's weight, on the candidates that a pass leaves out
+PASSES = 6  # at most
+PROMPTS, CHOSEN = 8, 8  # of a step, and candidates of each
+SELECTIONS = 1  # of each prompt's candidates, in a pass
+WARMUP = 3  # steps of a pass
 DRAWS = 4  # of each training prompt, to measure a pass's model
+RULE = Rule(gain=2.0, rate=0.5, memory=1.0, limit=3.0, hold=0)
+LEAST = 1e-200  # of a candidate's weight beside the largest: none may be 0
 
 
 def distill(job: Job, out: Path, left: Budget, options: Mapping[str, Any]) -> float:
@@ -49,85 +55,61 @@ def distill(job: Job, out: Path, left: Budget, options: Mapping[str, Any]) -> fl
 
 def _passes(job: Job, left: Budget, options: Mapping[str, Any]) -> tuple[int, float]:
     """(the last pass, tokens)."""
-    aim = Aim(Candidates.from_parquet(job.scored, kind="scored").reward_array(job.names), job.solution)
+    steering = Steering.of(job.solution, RULE)
     source, began, tokens, cost = job.source.name, time.perf_counter(), 0.0, (0.0, 0.0)
     for i in range(PASSES):
         made, since = _place(job, i), (time.perf_counter() - began, tokens)
-        job.lam = dict(zip(job.names, aim.lam.tolist(), strict=True))
+        job.lam = dict(zip(job.names, steering.lam.tolist(), strict=True))
         if not (scored := made.with_name(f"{made.name}_scored.parquet")).exists():
-            tokens += _train(job, source, made, left.less(*since), options)
+            tokens += _train(job, i, source, made, left.less(*since), options)
             now = time.perf_counter() - began, tokens
             if i + 1 == PASSES or left.less(*now).spent(*cost):
                 return i, tokens
             tokens += _measure(job, made, scored)
             cost = time.perf_counter() - began - since[0], tokens - since[1]
-        levels = Candidates.from_parquet(scored, kind="scored").reward_array(job.names).mean(axis=(0, 1))
-        if aim.holds(levels) or left.less(time.perf_counter() - began, tokens).spent(*cost):
+        rewards = Candidates.from_parquet(scored, kind="scored").reward_array(job.names)
+        steering.update(rewards.mean(axis=(0, 1)), covariance(rewards))
+        if holds(steering) or left.less(time.perf_counter() - began, tokens).spent(*cost):
             return i, tokens
-        aim.further(levels)
         if i:
             shutil.rmtree(_place(job, i - 1), ignore_errors=True)
         source = str(made)
     raise AssertionError("the last pass returns")
 
 
-class Aim:
-    """What a pass's λ is for: the palette, and beyond it by what the passes before it fell short of.
-
-    grid: (P, N, m), the candidates' rewards. solution: of `steps.solve_palette`. lam: (m,).
-    """
-
-    lam: np.ndarray
-
-    def __init__(self, grid: np.ndarray, solution: Mapping[str, Any]):
-        self._flat = np.ascontiguousarray(grid.reshape(-1, grid.shape[-1]))
-        self._groups = np.repeat(np.arange(len(grid)), grid.shape[1])
-        self._sense: list[str] = solution["sense"]
-        self._side = np.array([steps.SIDE[each] for each in self._sense])
-        self._free = np.array(solution["free"], dtype=bool)
-        self._palette = self._levels = np.array(solution["solved_for"], dtype=np.float64)
-        self.lam = np.array(solution["lambda"], dtype=np.float64)
-
-    def holds(self, levels: np.ndarray) -> bool:
-        """Whether no level falls short of what the candidates' λ was solved for."""
-        return bool(((self._side * (levels - self._palette) >= 0) & (self._side != 0) | self._free).all())
-
-    def further(self, levels: np.ndarray) -> None:
-        """Aim further by what these levels lack; never at less than the palette."""
-        from fastalign.palette import solve
-
-        aim = self._levels + self._palette - levels
-        aim = np.where(self._side * (aim - self._palette) < 0, self._palette, aim)
-        self._levels = np.where(self._free, self._palette, aim)
-        found = solve(self._flat, self._levels, groups=self._groups, sense=self._sense)
-        if found.nearest is not None:
-            found, self._levels = steps.just_inside(found.nearest, self._flat, self._groups, self._sense)
-        self.lam = found.lam
-
-
-def without_least(weights: Sequence[float], share: float = LIGHT) -> list[float]:
-    """The weights with the smallest of them, that `share` of their sum in all, set to 0: a candidate of weight 0 costs
-    nothing."""
-    order = sorted(range(len(weights)), key=lambda j: weights[j])
-    left, result = share * sum(weights), list(weights)
-    for j in order:
-        left -= weights[j]
-        if left < 0:
-            break
-        result[j] = 0.0
-    return result
+def holds(steering: Steering) -> bool:
+    """Whether the last levels that were measured fall short of none of the palette's."""
+    gap = (steering.levels - steering.palette) * steering.side
+    return bool(((gap >= 0) & (steering.side != 0) | steering.free).all())
 
 
 def _place(job: Job, i: int) -> Path:
     return job.folder.part(job.part) / f"distilled-{i}"
 
 
-def _train(job: Job, source: str, made: Path, left: Budget, options: Mapping[str, Any]) -> float:
-    rows = read_rows(job.scored, lam=job.lam)
-    rows.sampling = {**rows.sampling, "model": source, "model_content": None}  # on purpose, not those of the base
-    for row in rows:
-        row["weights"] = without_least(row["weights"])
-    return train_distill(source, rows, made, **options, batch_size=PROMPTS, epochs=1.0, until=left.spent)["tokens"]
+def _train(job: Job, i: int, source: str, made: Path, left: Budget, options: Mapping[str, Any]) -> float:
+    rows = DistillRows(selected(Candidates.from_parquet(job.scored, kind="scored"), job.lam, [job.seed, i]))
+    rows.source = str(job.scored)
+    return train_distill(
+        source, rows, made, **options, batch_size=PROMPTS, epochs=1.0, warmup_steps=WARMUP, until=left.spent
+    )["tokens"]
+
+
+def selected(scored: Candidates, lam: Mapping[str, float], seed: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Rows of `train.DistillTrainer`: of each prompt in turn, the best and the worst of its candidates by λ·R."""
+    rng, rewards = np.random.default_rng(seed), scored.reward_array(tuple(lam))
+    weights, keys = np.array(list(lam.values())), [key_of(prompt) for prompt in scored.prompts]
+    replay = Replay(scored, rewards, keys)
+    for _ in range(SELECTIONS):
+        for i in rng.permutation(len(keys)).tolist():
+            texts = replay.texts(keys[i], CHOSEN, weights, rng)
+            scores = np.array([one.rewards for one in texts]) @ weights
+            yield {
+                "prompt": scored.prompts[i],
+                "completion_ids": [one.token_ids for one in texts],
+                "weights": np.maximum(np.exp(scores - scores.max()), LEAST).tolist(),
+                "ref_logprobs": [sum(one.logprobs) for one in texts],
+            }
 
 
 def _measure(job: Job, made: Path, scored: Path) -> float:

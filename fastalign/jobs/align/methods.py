@@ -1,7 +1,7 @@
 """Models trained to a palette, each from the candidates of the training half, into the folder's `model`.
 
-- distill: weighted maximum likelihood of the candidates under p_λ, each with its weight; λ goes further where the
-  model's own levels fall short.
+- distill: the candidates' own weights under p_λ, which the model's log-probabilities of them are to match; λ goes
+  further where the model's own levels fall short.
 - dpo: pairs with a chosen text drawn from p_λ and a rejected one from p0.
 - grpo, ppo: reinforcement learning on λ·R less the KL to the base, whose optimum is p_λ; λ is steered by the levels
   that the policy itself reaches.
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 PROOF_SHARE = 1.5  # of what the proof's draws cost, kept back for it
 LEAST_SHARE = 0.1  # of the budget that must be left for training
-RANK = 16  # of GRPO's adapters: they reach the same levels at less KL than all weights do, in shorter steps
+RANK = 16  # of adapters: they reach the same levels at less KL than all weights do, in shorter steps
+ADAPTED = ("distill", "grpo")  # where lora_r is not given
 WIDTH = 576  # up to which the learning rates below hold; as 1 / width beyond (arXiv 2203.03466, of Adam)
 
 
@@ -42,9 +43,9 @@ def check(model: str, temperature: float, top_p: float) -> None:
 
 
 def rank(how: Any, lora_r: int | None) -> int | None:
-    """Of LoRA's adapters; None: all weights are trained. how: "grpo" has adapters where lora_r is not given."""
+    """Of LoRA's adapters; None: all weights are trained."""
     if lora_r is None:
-        return RANK if how == "grpo" else None
+        return RANK if how in ADAPTED else None
     return lora_r or None
 
 
@@ -71,7 +72,7 @@ def train(job: Job, out: Path) -> None:
 def distill(job: Job, out: Path, left: Budget) -> float:
     from fastalign.jobs.align.distilled import distill as steered
 
-    return steered(job, out, left, _options(job, 1e-4, 1e-3))
+    return steered(job, out, left, _options(job, 1e-4, 1e-3, "distill"))
 
 
 def dpo(job: Job, out: Path, left: Budget) -> float:

@@ -118,8 +118,7 @@ def train_ppo(
 
 def begin(solution: Mapping[str, Any], steered: bool) -> Steering:
     """At the solution's λ; where it is not steered, λ stays there."""
-    rule = Rule() if steered else Rule(gain=0.0, rate=0.0, hold=0)
-    return Steering(solution["solved_for"], solution["sense"], solution["lambda"], free=solution["free"], rule=rule)
+    return Steering.of(solution, Rule() if steered else Rule(gain=0.0, rate=0.0, hold=0))
 
 
 def baselines(scored: Candidates, names: Sequence[str], prompts: Sequence[Any]) -> Baselines:
