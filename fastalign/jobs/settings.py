@@ -247,7 +247,7 @@ class AlignSettings(Settings):
     budget: Annotated[str | None, "Limit of time or tokens for the whole job: 20m, 90s, 1h or 200000t."] = None
     learning_rate: Annotated[float | None, "Learning rate of the optimiser; default: that of the method."] = None
     lora_r: Annotated[
-        int | None, "Rank of LoRA adapters, merged at the end; 0: all weights. Default: 16 for distill and grpo, else 0."
+        int | None, "Rank of LoRA adapters, merged at the end; 0: all weights. Default: 16 for distill, grpo; else 0."
     ] = None
     rounds: Annotated[int, "Rounds of training; each starts from the model and candidates of the one before."] = 1
     dtype: str = "auto"
