@@ -25,9 +25,9 @@ COMBINATIONS = {  # name -> requirements beside the wheel
     "TRL 1.15": [TORCH, "trl==1.15.*"],
     "TRL 1.14": [TORCH, "trl==1.14.*"],
     "TRL 1.13": [TORCH, "trl==1.13.*"],
+    "transformers 5.24": [TORCH, "transformers==5.24.*"],
     "transformers 5.23": [TORCH, "transformers==5.23.*"],
     "transformers 5.22": [TORCH, "transformers==5.22.*"],
-    "transformers 5.21": [TORCH, "transformers==5.21.*"],
     "numpy 1.26": [TORCH, "numpy==1.26.*", "pyarrow<26"],  # 26 imports NumPy 2 alone
     "torch 2.9": ["torch==2.9.*"],
     "torch, newest": ["torch"],

@@ -45,7 +45,8 @@ def _find(text: str, name: str, marks: Mapping[str, float], *, alone: bool) -> r
     """The last line that gives the value a mark; for the only value, also an answer that is a mark and nothing else."""
     among = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
     mark = rf"(?P<mark>{among})(?!\w|[.,]\d)"
-    lines = [*re.finditer(rf"(?im)^[^\w\n]*{re.escape(name)}[^\w\n]*:[^\w\n]*{mark}", text)]
+    scale = r"(?:\([^()\n]*\)[^\w\n]*)?"  # some repeat it: helpful (1 to 5): 4
+    lines = [*re.finditer(rf"(?im)^[^\w\n]*{re.escape(name)}[^\w\n]*{scale}:[^\w\n]*{mark}", text)]
     return lines[-1] if lines else re.fullmatch(rf"(?i)\W*{mark}\W*", text) if alone else None
 
 

@@ -73,6 +73,7 @@ SPLIT = {"4": 0.5, "5": 0.2, "_4": 0.1, "9": 0.1, "the": 0.1}  # of the marks, 0
     [
         ({"message": {"content": "helpful: 4\nbrief: 2"}}, (4, 2)),
         ({"message": {"content": "So:\n**Helpful**: **4**/5\n- brief: 2."}}, (4, 2)),
+        ({"message": {"content": "helpful (1 to 5): 4\n**brief** (1-3) : 2"}}, (4, 2)),
         ({"message": {"content": "helpful: 1 at first\nbrief: 2\nhelpful: 4"}}, (4, 2)),
         (written(token("helpful:"), token(" "), token("4", **SPLIT), token("\nbrief: "), token("2")), (4.25, 2)),
         (written(token("helpful:"), token(" 4", **SPLIT), token("\nbrief: 2")), (4.25, 2)),
