@@ -126,17 +126,19 @@ def load(
     dropped, form = Counter[str](), published.form_of(sample)
     if form is not None and {"chosen", "rejected"} <= sample.keys():
         form = None
+    wrong, tie, i = list[str](), "", -1
     if form is not None:
-        raw, dropped = _published(name, form, source, values)
+        raw, dropped, wrong = _published(name, form, source, values)
+        if wrong and not drop:
+            raise UserError(f"{name}: {wrong[0]}")
     elif missing := [column for column in ("chosen", "rejected") if column not in sample]:
         have = ", ".join(map(str, sample)) or "none"
         raise UserError(f"{name}: must have columns prompt, chosen and rejected, lacks {missing[0]!r}, got {have}")
-    pairs: list[dict[str, Any]] = []
-    bad, first, i = 0, "", -1
+    pairs, rows = list[dict[str, Any]](), len(wrong)
     for i, row in enumerate(raw):
         if row.get("chosen") is not None and row["chosen"] == row.get("rejected"):  # hh-rlhf has some
             dropped[published.TIES] += 1
-            first = first or f"row {i}: chosen and rejected must differ, got the same text twice"
+            tie = tie or f"row {i}: chosen and rejected must differ, got the same text twice"
             continue
         try:
             given = {k: v for k, v in row.items() if k != "prompt"} if name in HH_RLHF else row
@@ -147,11 +149,11 @@ def load(
         except UserError as error:
             if not drop:
                 raise UserError(f"{name}: row {i}: {error}") from None
-            bad, first = bad + 1, first or f"row {i}: {error}"
+            wrong.append(f"row {i}: {error}")
     if not pairs:
-        raise UserError(f"{name}: no row is a preference pair ({first})")
-    if bad:
-        warnings.warn(f"{name}: {bad} of {i + 1} rows dropped, the first {first}", stacklevel=2)
+        raise UserError(f"{name}: no row is a preference pair ({[*wrong, tie][0]})")
+    if wrong:
+        warnings.warn(f"{name}: {len(wrong)} of {rows + i + 1} rows dropped, the first {wrong[0]}", stacklevel=2)
     if (count := _repeats(pairs)) > 0:
         outputs.say(f"{name}: {count:,} of {len(pairs):,} pairs are there more than once; they are kept")
     if ties := dropped[published.TIES]:
@@ -160,7 +162,7 @@ def load(
         outputs.say(f"{name}: {counted(lone, 'prompt')} left out, of one response each, which makes no pair")
     if unrated := dropped[published.UNRATED]:
         outputs.say(f"{name}: {counted(unrated, 'comparison')} left out, of fewer than two ratings")
-    dropped["rows that are not pairs"] = bad
+    dropped["rows that are not pairs"] = len(wrong)
     settings = _settings(Path(name).expanduser())
     if form is not None:
         settings["published"] = {"name": form.name, "values": list(form.values)}
@@ -175,13 +177,14 @@ def _repeats(pairs: Sequence[Mapping[str, Any]]) -> int:
 
 def _published(
     name: str, form: Form, rows: Iterable[Mapping[str, Any]], values: Sequence[str] | None
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The pairs of a published form's rows, of these values, and what gave none, by reason."""
+) -> tuple[list[dict[str, Any]], Counter[str], list[str]]:
+    """The pairs of a published form's rows, of these values; what gave none, by reason; what is wrong with invalid
+    rows."""
     for value in values or ():
         if value not in form.values:
             raise UserError(f"{name}: the values of {form.name} are {', '.join(form.values)}, it has no {value}")
     try:
-        made = list(form.pairs(rows, name))
+        made = list(form.pairs(rows))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: has the columns of {form.name}, but not its form ({error})") from None
     pairs = [pair for pair in made if isinstance(pair, dict) and (values is None or pair["value"] in values)]
@@ -190,9 +193,10 @@ def _published(
     )
     if len(form.values) == 1:
         pairs = [{column: x for column, x in pair.items() if column != "value"} for pair in pairs]
-    if not pairs:
+    wrong = [f"row {one.row}: {one.message}" for one in made if isinstance(one, published.Bad)]
+    if not pairs and not wrong:
         raise UserError(f"{name}: no row of it prefers one response to another")
-    return pairs, dropped
+    return pairs, dropped, wrong
 
 
 def check(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,14 +35,23 @@ class NoPair(NamedTuple):
     value: str | None
 
 
+class Bad(NamedTuple):
+    """In place of a row's pairs: what is wrong with it."""
+
+    row: int
+    message: str
+
+
+Made = Pair | NoPair | Bad
+
+
 class Form(NamedTuple):
-    """columns: by which it is known. values: of its pairs. pairs: those of a data set's rows, with a column "value";
-    its name is for UserErrors."""
+    """columns: by which it is known. values: of its pairs. pairs: those of a data set's rows, with a column "value"."""
 
     name: str
     columns: frozenset[str]
     values: tuple[str, ...]
-    pairs: Callable[[Iterable[Row], str], Iterator[Pair | NoPair]]
+    pairs: Callable[[Iterable[Row]], Iterator[Made]]
 
 
 def form_of(row: Row) -> Form | None:
@@ -50,24 +59,33 @@ def form_of(row: Row) -> Form | None:
     return next((form for form in FORMS if form.columns <= row.keys()), None)
 
 
-def _pku(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
-    for i, row in enumerate(rows):
-        for value in ("better", "safer"):
-            at = _which(where, i, f"{value}_response_id", row)
-            both = [row["response_0"], row["response_1"]]
-            yield _pair(row["prompt"], both[at], both[1 - at], value)
+def _by_row(pairs: Callable[[Row], Iterable[Pair | NoPair]]) -> Callable[[Iterable[Row]], Iterator[Made]]:
+    def made(rows: Iterable[Row]) -> Iterator[Made]:
+        for i, row in enumerate(rows):
+            try:
+                yield from [*pairs(row)]
+            except UserError as error:
+                yield Bad(i, str(error))
+
+    return made
 
 
-def _ultrafeedback(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
-    for row in rows:
-        answers = list(row["completions"])
-        if len(answers) < 2:
-            yield NoPair(LONE, None)
-            continue
-        for value in ULTRAFEEDBACK:
-            ratings = [_ultrafeedback_rating(answer, value) for answer in answers]
-            scored = [(x, answer["response"]) for x, answer in zip(ratings, answers, strict=True) if x is not None]
-            yield _best_worst(row["instruction"], scored, value)
+def _pku(row: Row) -> Iterator[Pair | NoPair]:
+    for value in ("better", "safer"):
+        at = _which(f"{value}_response_id", row)
+        both = [row["response_0"], row["response_1"]]
+        yield _pair(row["prompt"], both[at], both[1 - at], value)
+
+
+def _ultrafeedback(row: Row) -> Iterator[Pair | NoPair]:
+    answers = list(row["completions"])
+    if len(answers) < 2:
+        yield NoPair(LONE, None)
+        return
+    for value in ULTRAFEEDBACK:
+        ratings = [_ultrafeedback_rating(answer, value) for answer in answers]
+        scored = [(x, answer["response"]) for x, answer in zip(ratings, answers, strict=True) if x is not None]
+        yield _best_worst(row["instruction"], scored, value)
 
 
 def _ultrafeedback_rating(answer: Row, value: str) -> float | None:
@@ -82,50 +100,51 @@ def _ultrafeedback_rating(answer: Row, value: str) -> float | None:
     return None if math.isnan(rating) else rating
 
 
-def _helpsteer(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
-    groups: dict[str, list[tuple[int, Row]]] = {}  # also of a file whose rows were shuffled
+def _helpsteer(rows: Iterable[Row]) -> Iterator[Made]:
+    groups: dict[str, list[tuple[str, dict[str, float]]]] = {}  # also of a file whose rows were shuffled
     for i, row in enumerate(rows):
-        groups.setdefault(row["prompt"], []).append((i, row))
+        try:
+            ratings = {value: number(value, row[value]) for value in HELPSTEER if not _missing(row.get(value))}
+        except UserError as error:
+            yield Bad(i, str(error))
+        else:
+            groups.setdefault(row["prompt"], []).append((row["response"], ratings))
     talks = any(_TURN.search(str(prompt)) for prompt in groups)
     for prompt, several in groups.items():
         if len(several) < 2:
             yield NoPair(LONE, None)
             continue
         for value in HELPSTEER:
-            rated = [(i, row) for i, row in several if not _missing(row.get(value))]
-            scored = [(number(f"{where}: row {i}: {value}", row[value]), row["response"]) for i, row in rated]
+            scored = [(ratings[value], response) for response, ratings in several if value in ratings]
             pair = _best_worst(prompt, scored, value)
             yield _as_messages(pair) if talks and isinstance(pair, dict) else pair
 
 
-def _helpsteer3(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
-    for i, row in enumerate(rows):
-        preference = number(f"{where}: row {i}: overall_preference", row["overall_preference"])
-        both = [[{"role": "assistant", "content": row[name]}] for name in ("response1", "response2")]
-        better = int(preference > 0)
-        prompt = [dict(message) for message in row["context"]]
-        yield _pair(prompt, both[better], both[1 - better], "overall") if preference else NoPair(TIES, "overall")
+def _helpsteer3(row: Row) -> Iterator[Pair | NoPair]:
+    preference = number("overall_preference", row["overall_preference"])
+    both = [[{"role": "assistant", "content": row[name]}] for name in ("response1", "response2")]
+    better = int(preference > 0)
+    prompt = [dict(message) for message in row["context"]]
+    yield _pair(prompt, both[better], both[1 - better], "overall") if preference else NoPair(TIES, "overall")
 
 
-def _shp(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
-    for i, row in enumerate(rows):
-        first = _which(where, i, "labels", row)
-        both = [row["human_ref_B"], row["human_ref_A"]]
-        yield _pair(row["history"], both[first], both[1 - first], "preferred")
+def _shp(row: Row) -> Iterator[Pair | NoPair]:
+    first = _which("labels", row)
+    both = [row["human_ref_B"], row["human_ref_A"]]
+    yield _pair(row["history"], both[first], both[1 - first], "preferred")
 
 
-def _nectar(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
-    for i, row in enumerate(rows):
-        answers = sorted(row["answers"], key=lambda answer: number(f"{where}: row {i}: rank", answer["rank"]))
-        pairs = [
-            _pair(row["prompt"], better["answer"], worse["answer"], "rank")
-            for better, worse in itertools.combinations(answers, 2)
-            if better["rank"] != worse["rank"]
-        ]
-        known = [pair for pair in pairs if isinstance(pair, dict)]
-        yield from ({**pair, "weight": 1 / len(known)} for pair in known)
-        if not known:
-            yield NoPair(TIES if len(answers) > 1 else LONE, "rank")
+def _nectar(row: Row) -> Iterator[Pair | NoPair]:
+    answers = sorted(row["answers"], key=lambda answer: number("rank", answer["rank"]))
+    pairs = [
+        _pair(row["prompt"], better["answer"], worse["answer"], "rank")
+        for better, worse in itertools.combinations(answers, 2)
+        if better["rank"] != worse["rank"]
+    ]
+    known = [pair for pair in pairs if isinstance(pair, dict)]
+    yield from ({**pair, "weight": 1 / len(known)} for pair in known)
+    if not known:
+        yield NoPair(TIES if len(answers) > 1 else LONE, "rank")
 
 
 def _missing(x: Any) -> bool:
@@ -133,11 +152,11 @@ def _missing(x: Any) -> bool:
     return x is None or x == "" or x != x or (isinstance(x, str) and x.strip().lower() == "nan")
 
 
-def _which(where: str, i: int, name: str, row: Row) -> int:
+def _which(name: str, row: Row) -> int:
     """The index 0 or 1 in a cell, also as pandas writes a column of floats (0.0). Raises UserError."""
     x = row.get(name)
     if x not in (0, 1, "0", "1", "0.0", "1.0"):
-        raise UserError(f"{where}: row {i}: {name} must be 0 or 1, got {x!r}")
+        raise UserError(f"{name} must be 0 or 1, got {x!r}")
     return int(float(x))
 
 
@@ -167,11 +186,11 @@ def _as_messages(pair: Pair) -> Pair:
 
 FORMS = (
     Form("PKU-SafeRLHF", frozenset({"prompt", "response_0", "response_1", "better_response_id", "safer_response_id"}),
-         ("better", "safer"), _pku),
-    Form("UltraFeedback", frozenset({"instruction", "completions"}), ULTRAFEEDBACK, _ultrafeedback),
+         ("better", "safer"), _by_row(_pku)),
+    Form("UltraFeedback", frozenset({"instruction", "completions"}), ULTRAFEEDBACK, _by_row(_ultrafeedback)),
     Form("HelpSteer3", frozenset({"context", "response1", "response2", "overall_preference"}), ("overall",),
-         _helpsteer3),
+         _by_row(_helpsteer3)),
     Form("HelpSteer", frozenset({"prompt", "response", *HELPSTEER}), HELPSTEER, _helpsteer),
-    Form("SHP", frozenset({"history", "human_ref_A", "human_ref_B", "labels"}), ("preferred",), _shp),
-    Form("Nectar", frozenset({"prompt", "answers"}), ("rank",), _nectar),
+    Form("SHP", frozenset({"history", "human_ref_A", "human_ref_B", "labels"}), ("preferred",), _by_row(_shp)),
+    Form("Nectar", frozenset({"prompt", "answers"}), ("rank",), _by_row(_nectar)),
 )  # fmt: skip

@@ -124,6 +124,26 @@ def test_mistakes(tmp_path, rows, message):
     assert "\n" not in str(caught.value) and str(caught.value).count("data.jsonl") == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "bad", "kept"),
+    [
+        (PKU, {"safer_response_id": None}, 2),
+        (SHP, {"labels": "A"}, 1),
+        (NECTAR * 2, {"answers": [{"answer": "a", "rank": "first"}, {"answer": "b", "rank": 2}]}, 3),
+        (HELPSTEER3 + HELPSTEER3, {"overall_preference": "B"}, 1),
+        (HELPSTEER[:1] * 2 + HELPSTEER[1:], {"coherence": "much"}, 2),
+    ],
+    ids=["PKU-SafeRLHF", "SHP", "Nectar", "HelpSteer3", "HelpSteer"],
+)
+def test_rows_that_are_not_of_the_form_can_be_dropped(tmp_path, rows, bad, kept):
+    path = written(tmp_path / "data.jsonl", [{**rows[0], **bad}, *rows[1:]])
+    with pytest.raises(UserError, match=f"row 0: {'rank' if 'answers' in bad else next(iter(bad))} must be"):
+        preferences.load(path)
+    with pytest.warns(UserWarning, match=r"1 of \d rows dropped, the first row 0"):
+        pairs = preferences.load(path, on_bad="drop")
+    assert len(pairs) == kept and pairs.dropped["rows that are not pairs"] == 1
+
+
 def test_training_takes_the_first_value_unless_others_are_named(tmp_path):
     from fastalign._base import outputs
     from fastalign.jobs.preference import read_pairs
