@@ -27,6 +27,7 @@ from fastalign.jobs.align.job import Job, align
 from fastalign.jobs.align.split import split
 from fastalign.jobs.demo import MODEL
 from fastalign.jobs.grpo import train_grpo
+from fastalign.jobs.settings import ENDLESS
 from fastalign.report.proof import MISSED
 
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ def unsteered(job: Job, out: Path, left: Budget) -> float:
 def equal_weights(job: Job, out: Path, left: Budget) -> float:
     """GRPO as TRL's defaults have it, on the plain sum of the values."""
     result = train_grpo(
-        job.model.name, job.train, NAMES, [1.0] * len(NAMES), out, batch_size=64, max_steps=10_000,
+        job.model.name, job.train, NAMES, [1.0] * len(NAMES), out, batch_size=64, max_steps=ENDLESS,
         learning_rate=job.settings["learning_rate"] or 1e-3, lora_r=methods.RANK, max_new_tokens=TOKENS,
         dtype=job.settings["dtype"], seed=job.seed, until=left.spent, show_progress=True,
     )  # fmt: skip

@@ -6,7 +6,7 @@ result.
 A kernel is launched on "meta" tensors with a driver that only names the target, so exactly what the launcher would
 launch is compiled: the same specialisation, block sizes, warps and stages. Fails, naming the kernel, on
     what does not compile;
-    a register spill, in the SASS (a store to or load from local memory) or in AMD's metadata;
+    a spill of registers to memory, in the SASS (a store to local memory) or in AMD's metadata;
     products of the tensor cores that ptxas had to serialise (its warnings C7510 and C7515);
     shared memory beyond what one block of the device may have.
 The table has registers, shared memory, tensor-core instructions and the widest global load of each.
@@ -60,7 +60,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel uses. Spills: bytes (NVIDIA: of local memory, AMD: registers times 4)."""
+    """What one compiled kernel uses. Spills: bytes of memory, of a thread."""
 
     op: str
     case: str
@@ -202,7 +202,8 @@ def _amd(kernel) -> dict:
     loads = re.findall(r"\b(?:global_load|buffer_load)_(?:dwordx(\d)|dword|u?short|u?byte)", text)
     return {
         "registers": field("vgpr_count"),
-        "spills": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
+        # Scalar registers are moved to lanes of vector registers first, which costs no memory.
+        "spills": field("private_segment_fixed_size"),
         "tensor_core": "MFMA" if "v_mfma" in text else "",
         "load_bits": max((32 * int(width or 1) for width in loads), default=0),
         "serialised": "",

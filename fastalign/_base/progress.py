@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -22,10 +23,10 @@ _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 @dataclass(eq=False)
 class Work:
-    """total: None if unknown."""
+    """total: None if unknown, infinite if something else ends the work."""
 
     description: str
-    total: int | None
+    total: float | None
     unit: str = ""
     done: int = 0
     said: str = ""
@@ -46,26 +47,27 @@ class Work:
             what = f"{_doing[-1]}, " if _doing else ""
             return f"{self.description}: {what}at work for {_clock(gone)}"
         rate = (self.done - self._first) / max(gone, 1e-9)
-        parts = [f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}".rstrip()]
+        of = f"/{self.total:,.0f}" if self.total < math.inf else ""
+        parts = [f"{self.description}: {self.done:,.0f}{of} {self.unit}".rstrip()]
         if rate > 0:
             parts.append(_rate(rate, self.unit))
         if self.said:
             parts.append(self.said)
-        if rate > 0 and self.done < self.total:
+        if rate > 0 and self.done < self.total < math.inf:
             parts.append(f"{_clock((self.total - self.done) / rate)} left")
         return "  ".join(parts)
 
 
 @contextmanager
 def bar(
-    description: str, *, total: int, unit: str = "", done: int = 0, show: bool = True
+    description: str, *, total: float, unit: str = "", done: int = 0, show: bool = True
 ) -> Iterator[Callable[..., None]]:
     """Yield `advance(count=1, said=None)`: `count` more of `total` are done; `said` is extra text to show from now on.
     Shows nothing unless `show`.
 
-    Shows count, rate (in `unit` per second) and time left. done: finished earlier, not counted in the rate. Without a
-    terminal, quick work shows nothing unless it has extra text: that is printed at once, every 10 seconds and at the
-    end.
+    Shows count, rate (in `unit` per second) and, unless total is infinite, time left. done: finished earlier, not
+    counted in the rate. Without a terminal, quick work shows nothing unless it has extra text: that is printed at once,
+    every 10 seconds and at the end.
     """
     if not show or _hidden.get():
         yield lambda count=1, said=None: None
@@ -151,7 +153,7 @@ def _tell(works: list[Work]) -> None:
 
 
 @contextmanager
-def _drawn(description: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+def _drawn(description: str, total: float, unit: str, done: int) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -169,7 +171,7 @@ def _drawn(description: str, total: int, unit: str, done: int) -> Iterator[Calla
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True, markup=False, emoji=False)) as progress:
-        task = progress.add_task(description, total=total, completed=done, said="")
+        task = progress.add_task(description, total=total if total < math.inf else None, completed=done, said="")
         yield lambda count=1, said=None: progress.update(
             task, advance=count, **({} if said is None else {"said": said})
         )

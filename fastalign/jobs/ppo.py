@@ -19,6 +19,7 @@ from fastalign.data.dialogues import HUMAN
 from fastalign.data.text import Text
 from fastalign.jobs import run as runs
 from fastalign.jobs.settings import PPOOptions, PPOSettings
+from fastalign.jobs.trainers import steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -147,7 +148,10 @@ def train_ppo(
         run.begin(trainer.current_step)
         total = settings.max_steps or settings.epochs * len(trainer.dataloader)
         done, show = trainer.current_step, settings.show_progress and runs.is_main()
-        with Stopping() as stopping, progress.bar("ppo", total=total, unit="steps", done=done, show=show) as advance:
+        with (
+            Stopping() as stopping,
+            progress.bar("ppo", total=steps(total), unit="steps", done=done, show=show) as advance,
+        ):
             tokens = _loop(trainer, scorers, lam, run, settings, advance, stopping, total, steer)
         _save(trainer, run)
     result = {"steps": trainer.current_step, "tokens": tokens}

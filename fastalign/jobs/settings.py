@@ -21,6 +21,7 @@ _COUNTS = (
     "batch_size", "gradient_accumulation_steps", "num_iterations", "max_steps", "max_new_tokens", "seed", "save_steps",
     "log_steps",
 )  # fmt: skip
+ENDLESS = 10**6  # max_steps of a training that `until` ends
 LearningRate = Annotated[float, "Learning rate of the optimiser."]
 SaveSteps = Annotated[int, "Steps between checkpoints."]
 

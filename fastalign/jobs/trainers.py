@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastalign._base import progress
 from fastalign.jobs import run as runs
 from fastalign.jobs.run import Run
+from fastalign.jobs.settings import ENDLESS
 
 if TYPE_CHECKING:
     from fastalign.jobs.stopping import Stopping
@@ -62,7 +64,7 @@ def train(
         trainer = make(callbacks=[callback])
     run.begin(step)
     trainer.remove_callback(PrinterCallback)
-    total = _steps(trainer)
+    total = steps(_steps(trainer))
     if checkpoint is not None and step >= total:  # interrupted after its last step; transformers would train one more
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -82,6 +84,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The latest complete checkpoint; transformers writes trainer_state.json last."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def steps(most: float) -> float:
+    """For the progress line: infinite where `until` ends the training."""
+    return most if most < ENDLESS else math.inf
 
 
 def _steps(trainer: Any) -> int:

@@ -337,7 +337,7 @@ def statistics(
     center = None if center is None else center.double().contiguous()
     count, width = len(lam), triton.next_power_of_2(m)
     own = max(min(width, MOST_SUMS // width), 1)
-    most = MOST_LANES if groups is None else max(MOST_LANES // 2, 1)  # groups' own pointers want registers too
+    most = MOST_LANES if groups is None else MOST_LANES // 4  # groups' own sums and pointers want registers too
     lanes = max(min(most, SUMS // (own * width)), 1)
     lambdas = min(triton.next_power_of_2(count), LAMBDAS, lanes)
     blocks = (triton.cdiv(count, lambdas), width // own)

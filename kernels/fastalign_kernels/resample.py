@@ -283,20 +283,20 @@ def _winners(
     else:
         key = tl.load(keys + row * n + at, mask=at < n, other=float("-inf"))
         id = tl.load(ids + row * n + at, mask=at < n, other=-1)
-    valid = key > float("-inf")  # and not NaN, as all are in a row without a largest
 
     # Bits that sort as the keys do; then, bit by bit, the largest number that `keep` of them reach, or enough of it.
     bits = tl.where(key == 0, 0.0, key).to(tl.int64, bitcast=True)
     bits = tl.where(bits < 0, ~bits, bits ^ DOMAIN).to(tl.uint64, bitcast=True)
+    bits = tl.where(key > float("-inf"), bits, 0)  # so are 0 those of NaN, as all are in a row without a largest
     border, bit = tl.full((), 0, tl.uint64), tl.full((), 1 << 63, tl.uint64)
-    reached = tl.sum(valid.to(tl.int32))
+    reached = tl.sum((bits > 0).to(tl.int32))
     while (bit > 0) & (reached > keep):
-        count = tl.sum((valid & (bits >= (border | bit))).to(tl.int32))
+        count = tl.sum((bits >= (border | bit)).to(tl.int32))
         border |= tl.where(count >= keep, bit, 0)
         reached = tl.where(count >= keep, count, reached)
         bit >>= 1
-    above = valid & (bits > border)
-    tie = valid & (bits == border)
+    above = bits > border
+    tie = (bits == border) & (bits > 0)
     room = keep - tl.sum(above.to(tl.int32))
     won = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
     until = tl.cumsum(won.to(tl.int32), 0)

@@ -88,9 +88,11 @@ def row_state(
     known = (label >= 0) & (label < vocab)
     label_x = tl.load(logits + label * column_stride, mask=known & ~ignored, other=0.0).to(COMPUTE)
     label_z = softmax.transform(label_x, to_cap, to_z, SOFTCAP)
-    total = tl.zeros((LANES,), COMPUTE)
-    largest = total + softmax.lowest(COMPUTE)
-    weighted, squares, plain, before = total, total, total, tl.full((), float("-inf"), COMPUTE)
+    zeros = tl.zeros((LANES,), COMPUTE)
+    # An unknown label makes the row NaN: to raise, the host would have to wait.
+    total = zeros + tl.where(known | ignored, 0.0, float("nan"))
+    largest = zeros + softmax.lowest(COMPUTE)
+    weighted, squares, plain, before = zeros, zeros, zeros, tl.full((), float("-inf"), COMPUTE)
     end = tl.where(ignored, 0, vocab)
     whole = end - end % (TILES * LANES)
     for start in tl.range(0, whole, TILES * LANES):
@@ -109,8 +111,6 @@ def row_state(
         )
     else:
         largest, total = softmax.merge(largest, total, 0)
-    # An unknown label makes the row NaN: to raise, the host would have to wait.
-    total = tl.where(known | ignored, total, float("nan"))
     return label_z, largest, total, weighted, squares, plain, before
 
 

@@ -1,6 +1,7 @@
 """What long work says of itself: a line now and again off a terminal, a bar on one, nothing where it is quick."""
 
 import io
+import math
 import re
 import sys
 import threading
@@ -86,6 +87,15 @@ def test_what_a_step_says_comes_at_once_then_now_and_again_and_at_the_end(clock,
             advance(0, f"loss {step}")
     lines = [re.sub(r"  \S+ steps/s|  \S+ left", "", line) for line in capsys.readouterr().err.splitlines()]
     assert lines == [f"dpo: {step}/40 steps  loss {step}" for step in (31, 34, 37, 40)]
+
+
+def test_work_that_something_else_ends_promises_no_end(clock, capsys):
+    with progress.bar("grpo", total=math.inf, unit="steps") as advance:
+        for step in range(3):
+            clock.sleep(10)
+            advance(1, f"loss {step}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "grpo: 0 steps" and lines[-1] == "grpo: 3 steps  0.1 steps/s  loss 2"
 
 
 def test_the_watcher_looks_by_itself(monkeypatch, capsys):

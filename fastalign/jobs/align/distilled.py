@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,10 @@ from fastalign.train.steering import Rule, Steering, covariance, key_of
 if TYPE_CHECKING:
     from fastalign.jobs.align.job import Job
 
-PASSES = 6  # at most
+PASSES = 6  # at most, where no budget ends the training
 PROMPTS, CHOSEN = 8, 8  # of a step, and candidates of each
 SELECTIONS = 1  # of each prompt's candidates, in a pass
-WARMUP = 3  # steps of a pass
+WARMUP = 3  # steps of a pass, if it has many: the first is at a rate of 0
 DRAWS = 4  # of each training prompt, to measure a pass's model
 RULE = Rule(gain=2.0, rate=0.5, memory=1.0, limit=3.0, hold=0)
 LEAST = 1e-200  # of a candidate's weight beside the largest: none may be 0
@@ -57,13 +58,13 @@ def _passes(job: Job, left: Budget, options: Mapping[str, Any]) -> tuple[int, fl
     """(the last pass, tokens)."""
     steering = Steering.of(job.solution, RULE)
     source, began, tokens, cost = job.source.name, time.perf_counter(), 0.0, (0.0, 0.0)
-    for i in range(PASSES):
+    for i in count():
         made, since = _place(job, i), (time.perf_counter() - began, tokens)
         job.lam = dict(zip(job.names, steering.lam.tolist(), strict=True))
         if not (scored := made.with_name(f"{made.name}_scored.parquet")).exists():
             tokens += _train(job, i, source, made, left.less(*since), options)
             now = time.perf_counter() - began, tokens
-            if i + 1 == PASSES or left.less(*now).spent(*cost):
+            if left.less(*now).spent(*cost) or (i + 1 == PASSES and not left.limited):
                 return i, tokens
             tokens += _measure(job, made, scored)
             cost = time.perf_counter() - began - since[0], tokens - since[1]
@@ -74,7 +75,7 @@ def _passes(job: Job, left: Budget, options: Mapping[str, Any]) -> tuple[int, fl
         if i:
             shutil.rmtree(_place(job, i - 1), ignore_errors=True)
         source = str(made)
-    raise AssertionError("the last pass returns")
+    raise AssertionError("a pass returns")
 
 
 def holds(steering: Steering) -> bool:
@@ -90,8 +91,9 @@ def _place(job: Job, i: int) -> Path:
 def _train(job: Job, i: int, source: str, made: Path, left: Budget, options: Mapping[str, Any]) -> float:
     rows = DistillRows(selected(Candidates.from_parquet(job.scored, kind="scored"), job.lam, [job.seed, i]))
     rows.source = str(job.scored)
+    warmup = min(WARMUP, len(job.train) * SELECTIONS // PROMPTS // 4)
     return train_distill(
-        source, rows, made, **options, batch_size=PROMPTS, epochs=1.0, warmup_steps=WARMUP, until=left.spent
+        source, rows, made, **options, batch_size=PROMPTS, epochs=1.0, warmup_steps=warmup, until=left.spent
     )["tokens"]
 
 

@@ -19,6 +19,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.decode.candidates import Candidates
 from fastalign.jobs.align.budget import Budget
+from fastalign.jobs.settings import ENDLESS
 from fastalign.models.loading import width_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ PROOF_SHARE = 1.5  # of what the proof's draws cost, kept back for it
 LEAST_SHARE = 0.1  # of the budget that must be left for training
 RANK = 16  # of adapters: they reach the same levels at less KL than all weights do, in shorter steps
 ADAPTED = ("distill", "grpo")  # where lora_r is not given
+STEPS = 100  # of reinforcement learning, where no budget ends it
 WIDTH = 576  # up to which the learning rates below hold; as 1 / width beyond (arXiv 2203.03466, of Adam)
 
 
@@ -90,10 +92,7 @@ def grpo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
     from fastalign.jobs.align.steered import train_grpo
 
     scored = Candidates.from_parquet(job.scored, kind="scored")
-    options = _options(job, 1e-4, 1e-3, "grpo") | {
-        "max_new_tokens": job.settings["max_new_tokens"],
-        "until": left.spent,
-    }
+    options = _options(job, 1e-4, 1e-3, "grpo") | _ends(job, left)
     result = train_grpo(job.source.name, scored, job.rewards, job.solution, out, steered=steered, **options)
     job.lam = result["lambda"]
     return result["tokens"]
@@ -103,9 +102,8 @@ def ppo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
     from fastalign.jobs.align.steered import train_ppo
 
     scored = Candidates.from_parquet(job.scored, kind="scored")
-    options = _options(job, 1.41e-5, 2e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
-    options["steered"] = steered
-    result = train_ppo(job.source.name, scored, job.rewards, job.solution, out, **options)
+    options = _options(job, 1.41e-5, 2e-4) | _ends(job, left)
+    result = train_ppo(job.source.name, scored, job.rewards, job.solution, out, steered=steered, **options)
     job.lam = result["lambda"]
     return result["tokens"]
 
@@ -127,6 +125,15 @@ def _options(job: Job, learning_rate: float, adapters: float, how: str = "") -> 
         "seed": job.seed,
         "overwrite": job.overwrite,
         "show_progress": job.show_progress,
+    }
+
+
+def _ends(job: Job, left: Budget) -> dict[str, Any]:
+    """Of reinforcement learning: what ends a completion, and what ends the training."""
+    return {
+        "max_new_tokens": job.settings["max_new_tokens"],
+        "until": left.spent,
+        "max_steps": ENDLESS if left.limited else STEPS,
     }
 
 

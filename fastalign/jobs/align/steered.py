@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 PROMPTS, GENERATIONS = 8, 8  # of a step of GRPO
 RESPONSES = 32  # of a step of PPO
-STEPS = 100  # where no budget ends the training
 LEAST_LAM = 1e-6
 
 
@@ -50,7 +49,7 @@ def train_grpo(
 
     names = references.names(rewards)
     size = min(PROMPTS, len(scored.prompts)) * GENERATIONS
-    step: GRPOOptions = {"batch_size": size, "num_generations": GENERATIONS, "max_steps": STEPS, "save_steps": 10}
+    step: GRPOOptions = {"batch_size": size, "num_generations": GENERATIONS, "save_steps": 10}
     fixed: GRPOOptions = {"advantage": "rloo", "loss_type": "dr_grpo", "beta": 1.0}
     settings = GRPOSettings(**(step | options | fixed))
     of = {"values": list(rewards), "solution": dict(solution), "steered": steered}
@@ -94,7 +93,6 @@ def train_ppo(
     *,
     max_new_tokens: int,
     steered: bool = True,
-    max_steps: int = STEPS,
     **options: Any,
 ) -> dict[str, Any]:
     """As `train_grpo`, by PPO; options: of `jobs.ppo.train_ppo`."""
@@ -109,7 +107,6 @@ def train_ppo(
         out,
         max_new_tokens=max_new_tokens,
         batch_size=min(RESPONSES, len(scored.prompts)),
-        max_steps=max_steps,
         save_steps=10,
         steer=steer,
         **options,
