@@ -1,5 +1,6 @@
 """Decoder layers of Llama's form in a decoding step. On a CPU each is about ten calls: queries, keys and values are one
-product, the gated MLP's halves another, with weights packed once. On a GPU each is 13 launches, on the model's weights.
+product, the gated MLP's halves another, with weights packed once. On a GPU each is 13 launches, on the model's weights;
+there layers of Gemma's forms are taken too, 13 to 16 launches.
 
 A layer is taken only where that gives what its own forward gives; any other keeps its forward.
 """
@@ -30,7 +31,10 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
 _HALVES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 _LINEARS = (*_QKV, _OUT, *_HALVES, _DOWN)
-_HEAD_NORMS = "self_attn.q_norm", "self_attn.k_norm"  # Qwen3's, which are taken on a GPU
+# Taken on a GPU alone: Qwen3's norms of heads, and Gemma 2's of what attention and MLP give, `post_attention_layernorm`
+# and the second of these.
+_HEAD_NORMS = "self_attn.q_norm", "self_attn.k_norm"
+_MORE_NORMS = "pre_feedforward_layernorm", "post_feedforward_layernorm"
 
 
 class StepLayers:
@@ -46,14 +50,14 @@ class StepLayers:
 
     def __init__(self, model: PreTrainedModel, head: Tensor, rows: int, spare: int | None = None):
         with planned(model):
-            taken = {m: attention for m in model.modules() if (attention := _attention_of(m)) is not None}
+            taken = {m: found for m in model.modules() if (found := _of_layer(m)) is not None}
         inside = {m for layer in taken for m in layer.modules()}
         linears = [m for m in model.modules() if is_plain(m) and m.weight is not head]
         size = sum(m.weight.nbytes for m in linears) + head.nbytes
         if size > room(free_memory(), spare) or backend.choose(head.device) == "triton":
             rows = 1  # nothing is packed
         self.head = products.pack(head, rows)
-        self._layers = [(layer, _form(layer, attention, rows)) for layer, attention in taken.items()]
+        self._layers = [(layer, _form(layer, found, rows)) for layer, found in taken.items()]
         self.whole = len(taken) == model.config.get_text_config().num_hidden_layers
         self._others = PackedLayers([m for m in linears if m not in inside], rows)
 
@@ -76,6 +80,18 @@ class _Attention(NamedTuple):
     scaling: float
     window: int | None
     softcap: float | None
+
+
+class _Kind(NamedTuple):
+    """How a layer computes its norms and the gate of its MLP."""
+
+    offset: float = 0.0  # of the norms' weights
+    gelu: bool = False
+
+
+class _Taken(NamedTuple):
+    attention: _Attention
+    kind: _Kind
 
 
 class _Products:
@@ -105,8 +121,8 @@ class _Products:
 class _Layer:
     """The forward of one layer."""
 
-    def __init__(self, layer: Any, attention: _Attention, rows: int):
-        self._attention, self._width = attention, layer.self_attn.head_dim
+    def __init__(self, layer: Any, taken: _Taken, rows: int):
+        self._attention, self._width = taken.attention, layer.self_attn.head_dim
         self._norms = [layer.get_submodule(name) for name in _NORMS]
         self._qkv, self._halves = (_Products(layer, names, rows) for names in (_QKV, _HALVES))
         self._out, self._down = (_Products(layer, [name], rows) for name in (_OUT, _DOWN))
@@ -138,36 +154,48 @@ def _of_norm(module: Any) -> tuple[Tensor, float]:
 class _LaunchedLayer(_Layer):
     """The same on a GPU: norms of heads, rotary embeddings and the cache's new tokens are one launch of the plan's."""
 
-    def __init__(self, layer: Any, attention: _Attention, rows: int):
-        super().__init__(layer, attention, rows)
-        parts = dict(layer.named_modules())
+    def __init__(self, layer: Any, taken: _Taken, rows: int):
+        super().__init__(layer, taken, rows)
+        parts, self._kind = dict(layer.named_modules()), taken.kind
         self._heads = [_of_norm(parts[name]) if name in parts else (None, 0.0) for name in _HEAD_NORMS]
+        self._more = [parts[name] for name in _MORE_NORMS if name in parts]
 
     def __call__(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: Any, **kwargs: object
     ) -> Tensor:
         x = hidden_states.flatten(0, 1)
-        before, behind = map(_of_norm, self._norms)
+        before, behind = self._norms
         cos, sin = (y.flatten(0, 1) for y in position_embeddings)
-        turn = layer_passes.Turn(cos, sin, self._heads)
-        q, k, v = (y.unflatten(-1, (-1, 1, self._width)) for y in self._qkv(layer_passes.norm(x, *before)))
+        turn = layer_passes.Turn(cos, sin, self._heads, self._kind.offset)
+        q, k, v = (y.unflatten(-1, (-1, 1, self._width)) for y in self._qkv(self._norm(before, x)))
         layer, *settings = self._attention
         (out,) = self._out(plan.attend(layer, q, k, v, *settings, turn=turn).flatten(1))
-        y, x = layer_passes.add_norm(out, x, *behind)
-        return self._down.onto(x, layer_passes.gate(*self._halves(y))).view_as(hidden_states)
+        if self._more:
+            out, behind = self._norm(behind, out), self._more[0]
+        y, x = layer_passes.add_norm(out, x, *_of_norm(behind), self._kind.offset)
+        y = layer_passes.gate(*self._halves(y), self._kind.gelu)
+        if self._more:
+            (out,) = self._down(y)
+            return x.add_(self._norm(self._more[1], out)).view_as(hidden_states)
+        return self._down.onto(x, y).view_as(hidden_states)
+
+    def _norm(self, module: Any, x: Tensor) -> Tensor:
+        return layer_passes.norm(x, *_of_norm(module), self._kind.offset)
 
 
-def _form(layer: Any, attention: _Attention, rows: int) -> _Layer:
-    return (_LaunchedLayer if _backend_of(layer) == "triton" else _Layer)(layer, attention, rows)
+def _form(layer: Any, taken: _Taken, rows: int) -> _Layer:
+    return (_LaunchedLayer if _backend_of(layer) == "triton" else _Layer)(layer, taken, rows)
 
 
 # ---- which layers, and whether theirs is what is done here ----
 
+_KINDS = (_Kind(), _Kind(offset=1.0, gelu=True))  # Llama's, Gemma's; on a GPU
+
 # Of a layer, with the forwards of its parts when it was tried
-_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], _Attention | None]] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], _Taken | None]] = weakref.WeakKeyDictionary()
 
 
-def _attention_of(layer: nn.Module) -> _Attention | None:
+def _of_layer(layer: nn.Module) -> _Taken | None:
     """Of a layer that may be taken; None for any other."""
     parts = dict(layer.named_modules())
     if not {*_NORMS, *_LINEARS} <= parts.keys():
@@ -175,7 +203,8 @@ def _attention_of(layer: nn.Module) -> _Attention | None:
     parameters = {name: p for name, p in layer.named_parameters() if not name.endswith("bias")}
     known = [{f"{name}.weight" for name in (*_NORMS, *_LINEARS)}]
     if _backend_of(layer) == "triton":
-        known.append(known[0] | {f"{name}.weight" for name in _HEAD_NORMS})
+        for more in (_HEAD_NORMS, _MORE_NORMS):
+            known += [names | {f"{name}.weight" for name in more} for names in known]
     if (
         parameters.keys() not in known
         or not all(is_plain(parts[name]) for name in _LINEARS)
@@ -188,7 +217,8 @@ def _attention_of(layer: nn.Module) -> _Attention | None:
         return None
     forwards: list[Any] = [_backend_of(layer), *(type(part).forward for part in parts.values())]
     if layer not in _seen or _seen[layer][0] != forwards:
-        _seen[layer] = forwards, _try(layer)
+        kinds = _KINDS if _backend_of(layer) == "triton" else _KINDS[:1]
+        _seen[layer] = forwards, _try(layer, kinds)
     return _seen[layer][1]
 
 
@@ -223,11 +253,11 @@ class _Recorded:
 
 
 @torch.inference_mode()
-def _try(layer: Any) -> _Attention | None:
+def _try(layer: Any, kinds: Sequence[_Kind]) -> _Taken | None:
     parameters = list(layer.parameters())
     device = torch.device("cpu") if parameters[0].is_meta else parameters[0].device
     draw = torch.Generator().manual_seed(0)
-    theirs, ours = _Recorded(), _Recorded()
+    theirs = _Recorded()
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float32).to(device)
@@ -246,7 +276,9 @@ def _try(layer: Any) -> _Attention | None:
         with whole_sums():
             expected = type(layer).forward(layer, x, plan=theirs, **arguments)
             (attention,) = theirs.calls
-            result = _form(layer, attention, 1)(x, plan=ours, **arguments)
+            for taken in (_Taken(attention, kind) for kind in kinds):
+                if agree(expected, _form(layer, taken, 1)(x, plan=_Recorded(), **arguments)):
+                    return taken
     except Exception:  # another signature or shape: not this form
-        return None
-    return attention if agree(expected, result) else None
+        pass
+    return None

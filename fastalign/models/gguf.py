@@ -11,9 +11,11 @@ import copy
 import hashlib
 import importlib.metadata
 import struct
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from fastalign._base import outputs
 from fastalign._base.cache import cache_dir
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, check_input
@@ -61,7 +63,7 @@ def convert(path: str | Path) -> Path:
     except ImportError as error:
         rule = f"reading GGUF needs the package {error.name!r}: pip install {error.name}"
         raise UserError(f"{path}: {rule}") from None
-    print(f"converting {path.name} once to {folder} (about half a minute)", file=sys.stderr, flush=True)
+    outputs.say(f"converting {path.name} once to {folder} (about half a minute)")
     with atomic_write(folder) as beside:
         _convert(path, beside)
     return folder
@@ -71,7 +73,7 @@ def _convert(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet_unless_terminal(), one_line_errors(path):
+    with quiet_unless_terminal(), _without_bar(), one_line_errors(path):
         options = {"gguf_file": path.name, "dtype": torch.float32, "use_kernels": False}
         source = AutoModelForCausalLM.from_pretrained(path.parent, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -86,6 +88,22 @@ def _convert(path: Path, folder: Path) -> None:
         plain.generation_config = source.generation_config
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """transformers' reader draws one on anything, whatever its logging is told."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = vars(reader).get("tqdm")
+    if bar is None:
+        yield
+        return
+    vars(reader)["tqdm"] = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        vars(reader)["tqdm"] = bar
 
 
 class _Bad(Exception):

@@ -222,14 +222,18 @@ def tensors(tree):
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-@pytest.mark.parametrize(("backend", "most", "budget"), [("reference", 8, 75), ("triton", 64, 20)])
+@pytest.mark.parametrize(
+    ("family", "backend", "most", "budget"),
+    [("Llama", "reference", 8, 75), ("Llama", "triton", 64, 20), ("Gemma2", "triton", 64, 23)],
+)
 @torch.no_grad()
-def test_a_step_takes_as_many_launches_whatever_the_number_of_prompts(backend, most, budget):
+def test_a_step_takes_as_many_launches_whatever_the_number_of_prompts(family, backend, most, budget):
     counts, layers = {}, 4
-    config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": layers, "num_key_value_heads": 2})
+    sizes = SMALL | {"num_hidden_layers": layers, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes)
     device = "meta" if backend == "triton" else "cpu"
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+        model = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16().eval()
     with use_backend(backend):
         for prompts, each in ((1, 64), (most, 64 // most)):
             engine = SharedPromptEngine(model, prompts * each)
@@ -247,7 +251,7 @@ def test_a_step_takes_as_many_launches_whatever_the_number_of_prompts(backend, m
 
 
 @pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET=0")
-@pytest.mark.parametrize("name", ["mistral (window)", "gemma2 (softcap)"])  # whole layers; attention alone
+@pytest.mark.parametrize("name", ["mistral (window)", "gemma2 (softcap)"])
 def test_the_kernels_of_a_gpu_draw_the_same_tokens(name):
     model = build(name).float()
     counts = {0: 2, 3: 1, 4: 1}

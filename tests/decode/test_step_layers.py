@@ -19,7 +19,9 @@ TAKEN = {"Llama": GROUPED, "Llama with biases": BIASES, "Qwen2": GROUPED, "Mistr
 LEFT = {
     "Qwen3": GROUPED,  # norms its heads; taken on a GPU
     "Granite": GROUPED | {"residual_multiplier": 0.5},
-    "Gemma": GROUPED,  # its norms' weights are deviations from 1
+    "Gemma": GROUPED,  # its norms' weights are deviations from 1; taken on a GPU, as the next two
+    "Gemma2": GROUPED | {"sliding_window": 4},
+    "Gemma3 text": GROUPED | {"sliding_window": 4},
     "Phi3": GROUPED | {"pad_token_id": 0},
     "GPTNeoX": SMALL,
 }
@@ -27,8 +29,9 @@ LEFT = {
 
 def build(family, sizes, dtype=torch.float32):
     torch.manual_seed(0)
-    family = family.partition(" ")[0]
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes)).eval()
+    family, _, form = family.partition(" ")
+    config = getattr(transformers, f"{family}{'Text' if form == 'text' else ''}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for p in model.parameters():  # so large that attention is far from flat
         torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.6 if p.ndim == 1 else p.shape[-1] ** -0.5)
     return model.to(dtype)
@@ -126,7 +129,10 @@ def test_the_engines_own_trial_takes_these_layers():
 
 
 @pytest.mark.skipif(not backend.interpreted(), reason="TRITON_INTERPRET=0")
-@pytest.mark.parametrize(("family", "count"), [("Llama with biases", 2), ("Qwen3", 2), ("Granite", 0)])
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("Llama with biases", 2), ("Qwen3", 2), ("Gemma", 2), ("Gemma2", 2), ("Gemma3 text", 2), ("Granite", 0)],
+)
 def test_on_a_gpu_layers_are_taken_that_give_the_models_logits(family, count):
     model = build(family, (TAKEN | LEFT)[family])
     prompt, tails = [5, 9, 11, 40, 7], [[3, 70], [60, 2]]
