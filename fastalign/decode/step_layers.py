@@ -173,7 +173,8 @@ class _LaunchedLayer(_Layer):
         if self._more:
             out, behind = self._norm(behind, out), self._more[0]
         y, x = layer_passes.add_norm(out, x, *_of_norm(behind), self._kind.offset)
-        y = layer_passes.gate(*self._halves(y), self._kind.gelu)
+        g, u = self._halves(y)
+        y = layer_passes.gate(g, u, self._kind.gelu)
         if self._more:
             (out,) = self._down(y)
             return x.add_(self._norm(self._more[1], out)).view_as(hidden_states)
